@@ -1,0 +1,74 @@
+"""KL of a policy from the base, exact at each token given the prefix, and the answers' log-probability under the base.
+
+For answers drawn from the policy, the mean over tokens of KL(policy(.|prefix) || base(.|prefix)) estimates the KL per
+token with less variance than the log-ratio of the drawn tokens: only the prefixes are sampled, the next token is summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trimtab.control import Steered
+from trimtab.errors import UsageError
+from trimtab.policy import Prompt
+from trimtab.sampling import Sampling
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+
+@dataclass
+class Divergence:
+    """One answer. kl [T] nats, each >= 0; base_logprobs [T] of its tokens under the base at temperature 1."""
+
+    kl: torch.Tensor
+    base_logprobs: torch.Tensor
+
+
+def kl_between(logprobs: torch.Tensor, base_logprobs: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats from log-probabilities [..., V] -> [...]. Tokens of probability 0 under p contribute 0."""
+    terms = logprobs.exp() * (logprobs - base_logprobs)
+    return terms.masked_fill(logprobs == -torch.inf, 0).sum(-1).clamp(min=0)
+
+
+@torch.no_grad()
+def divergences(
+    policy: Any, base: LM, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], sampling: Sampling
+) -> list[Divergence]:
+    """The divergence of each given answer of `policy` from `base`, both at `sampling.temperature`.
+
+    policy: an `LM` with the base's vocabulary, or `Steered`. A policy without next-token distributions of its own
+    (best-of-n) is refused.
+    """
+    if not hasattr(policy, "token_logprobs"):
+        raise UsageError(f"{policy.name} has no next-token distribution: its KL has only a bound")
+    softmax = Sampling(temperature=sampling.temperature or 1.0)
+    out = []
+    if isinstance(policy, Steered) and policy.lm is base and policy.control.final:
+        for states, answer in zip(base.hidden_states(prompts, tokens), tokens, strict=True):
+            edited = policy.control.edit(states, torch.arange(len(states))).to(states.dtype)
+            logits = base.head(states)
+            kl = kl_between(softmax.logprobs(base.head(edited)), softmax.logprobs(logits))
+            out.append(Divergence(kl.cpu(), _picked(logits.log_softmax(-1), answer)))
+        return out
+    if (
+        isinstance(policy, Steered)
+        and policy.lm.vocab_size != base.vocab_size
+        or getattr(policy, "vocab_size", base.vocab_size) != base.vocab_size
+    ):
+        raise UsageError(f"{policy.name} and {base.name} have different vocabularies: their KL is not defined")
+    ours = policy.token_logprobs(prompts, tokens, softmax)
+    for states, logprobs, answer in zip(base.hidden_states(prompts, tokens), ours, tokens, strict=True):
+        logits = base.head(states)
+        kl = kl_between(logprobs, softmax.logprobs(logits))
+        out.append(Divergence(kl.cpu(), _picked(logits.log_softmax(-1), answer)))
+    return out
+
+
+def _picked(logprobs: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
+    index = torch.tensor(list(answer), dtype=torch.long, device=logprobs.device)
+    return logprobs.gather(-1, index[:, None])[:, 0].cpu()

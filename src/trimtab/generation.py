@@ -1,0 +1,115 @@
+"""The sampling loop: a few lines on a `Session`. Everything that answers token by token goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trimtab.errors import TrimtabError
+from trimtab.sampling import Sampling, draw
+from trimtab.session import Session
+
+
+@dataclass
+class Step:
+    """What an observer sees at each step, before the token is appended: one entry a live row.
+
+    rows [B] (row numbers of the call), hidden [B, D] before the edit, edited [B, D], logprobs [B, V] of the distribution
+    the tokens were drawn from, tokens [B].
+    """
+
+    rows: torch.Tensor
+    hidden: torch.Tensor
+    edited: torch.Tensor
+    logprobs: torch.Tensor
+    tokens: torch.Tensor
+
+
+Observer = Callable[[Step], None]
+
+
+@dataclass
+class Drawn:
+    """Answers of one batch: tokens and their log-probabilities per row, and whether each row ended by itself."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    stopped: list[bool]
+
+
+@torch.no_grad()
+def sample(session: Session, sampling: Sampling, uniform: torch.Tensor, observer: Observer | None = None) -> Drawn:
+    """Continue every row of `session` until an end token, a stop string, `max_new_tokens` or a full context.
+
+    uniform [B, max_new_tokens]: the random numbers (see `sampling.draw`). Rows that finish are dropped from the session
+    at once: they are neither forwarded nor edited again. The session is used up.
+    """
+    lm, count, steps = session.lm, session.rows, sampling.max_new_tokens
+    tokens = torch.zeros(count, steps, dtype=torch.long)
+    logprob = torch.zeros(count, steps)
+    lengths = torch.zeros(count, dtype=torch.long)
+    stopped = torch.zeros(count, dtype=torch.bool)
+    rows = torch.arange(count)
+    ends = torch.tensor(sorted(lm.eos_ids), dtype=torch.long)
+    needs_ids = sampling.repetition_penalty != 1
+    if lm.context_length is not None:
+        full = session.lengths >= lm.context_length
+        if bool(full.any()):
+            rows = rows[session.drop(full.nonzero()[:, 0].tolist())]
+    for step in range(steps):
+        if session.rows == 0:
+            break
+        ids = session.input_ids.to(lm.device) if needs_ids else None
+        logprobs = sampling.logprobs(session.logits, ids)
+        if sampling.temperature == 0:
+            drawn = logprobs.argmax(-1)
+        else:
+            drawn = draw(logprobs, uniform[rows, step])
+        chosen = logprobs.gather(-1, drawn[:, None])[:, 0].cpu()
+        if not bool(chosen.isfinite().all()):
+            raise TrimtabError(f"{lm.name} gave logits that are not numbers at step {step} (NaN or infinite weights?)")
+        if observer is not None:
+            observer(Step(rows, session.hidden, session.edited, logprobs, drawn))
+        drawn = drawn.cpu()
+        tokens[rows, step], logprob[rows, step] = drawn, chosen
+        lengths[rows] += 1
+        ended = torch.isin(drawn, ends)
+        for at in _hits(lm.decode, tokens, lengths, rows, sampling.stop):
+            ended[at] = True
+        stopped[rows] = ended
+        if lm.context_length is not None:
+            ended = ended | (session.lengths + 1 >= lm.context_length)
+        if step + 1 == steps:
+            break
+        if bool(ended.any()):
+            order = session.drop(ended.nonzero()[:, 0].tolist())
+            rows, drawn = rows[order], drawn[order]
+        if session.rows:
+            session.append(drawn)
+    return Drawn(
+        [row[:length].tolist() for row, length in zip(tokens, lengths.tolist(), strict=True)],
+        [row[:length].tolist() for row, length in zip(logprob, lengths.tolist(), strict=True)],
+        stopped.tolist(),
+    )
+
+
+def _hits(
+    decode: Callable[[list[int]], str],
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: torch.Tensor,
+    stop: tuple[str, ...],
+) -> list[int]:
+    """Positions (among the live rows) whose answer now contains a stop string."""
+    if not stop:
+        return []
+    texts = (decode(tokens[row, : lengths[row]].tolist()) for row in rows.tolist())
+    return [at for at, text in enumerate(texts) if any(word in text for word in stop)]
+
+
+def cut_at(text: str, stop: tuple[str, ...]) -> str:
+    """`text` up to the first stop string."""
+    ends = [text.find(word) for word in stop if word in text]
+    return text[: min(ends)] if ends else text

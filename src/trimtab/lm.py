@@ -1,0 +1,310 @@
+"""`LM`: a Hugging Face causal language model and its tokenizer, as a policy.
+
+Besides answering it scores given answers, hands out hidden states, and opens sessions. It calls the model's backbone and
+its head separately (so an edit can sit between them) and checks once, on a few tokens, that this equals the model's own
+forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from trimtab import attention
+from trimtab.control import Control
+from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint
+from trimtab.generation import Drawn, Observer, cut_at, sample
+from trimtab.head import Head
+from trimtab.policy import Completions, Cost, Prompt
+from trimtab.sampling import Sampling, uniforms
+from trimtab.session import Session
+
+
+class LM:
+    """A local causal language model.
+
+    name            how it was asked for ("pocket/base", a folder's name)
+    head            final hidden states [..., D] -> float32 logits [..., V]
+    hidden_size     D, width of the final hidden state (the input of the output embedding)
+    unembedding     W [V, D]
+    eos_ids         tokens that end an answer
+    context_length  most tokens a row may have, or None
+    batch_rows      rows forwarded together; part of what "the same bytes" depends on
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "model", batch_rows: int | None = None):
+        self.head = Head(model)
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.backbone = model.base_model
+        self.takes_position_ids = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        config = model.config.get_text_config(decoder=True)
+        limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+        self.context_length = next((int(limit) for limit in limits if limit), None)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        self.batch_rows = batch_rows or (320 if size < 2e7 else 64 if size < 2e9 else 16)
+        self.takes_ready_mask = attention.takes_ready_mask(model)
+        self._checked = False
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str | None = None, dtype: Any = None, trust_remote_code: bool = False
+    ) -> LM:
+        """Load `pocket/NAME`, a local folder or a Hub id. Weights must be safetensors.
+
+        device: "cuda" where there is one, else "cpu". dtype: float32 on a CPU, bfloat16 on an accelerator.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        name = str(path)
+        folder = local_folder(name)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+        source = str(folder or name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise UsageError(f"cannot load the model {name!r}: {_first_sentence(error)}") from error
+        broken = [key for key, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]
+        if broken:
+            raise UsageError(f"the model {name!r} has weights that are not finite numbers, first in {broken[0]!r}")
+        short = name if folder is None or name.startswith("pocket/") else folder.name
+        model = model.to(device)
+        attention.adopt(model)
+        return cls(model, tokenizer, short)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unembedding.device
+
+    @property
+    def unembedding(self) -> torch.Tensor:
+        return self.head.weight
+
+    @property
+    def hidden_size(self) -> int:
+        return self.unembedding.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.unembedding.shape[0]
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        return frozenset(int(token) for token in [*ids, own] if token is not None)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    # text
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of every prompt, ready to be continued.
+
+        With a chat template a string is one user message; without one it is taken as it is, and messages are refused
+        unless there is a single user message. Errors name the prompt: empty, or longer than the context.
+        """
+        rows = []
+        for number, prompt in enumerate(prompts):
+            ids = self._encode_one(prompt, number)
+            if not ids:
+                raise UsageError(f"prompt {number} is empty")
+            if self.context_length is not None and len(ids) > self.context_length:
+                raise UsageError(
+                    f"prompt {number} has {len(ids)} tokens; {self.name} has a context of {self.context_length}: shorten it"
+                )
+            rows.append(ids)
+        return rows
+
+    def _encode_one(self, prompt: Prompt, number: int) -> list[int]:
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise UsageError(f"prompt {number} is empty")
+        if template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            try:
+                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except TemplateError as error:
+                raise UsageError(f"the chat template of {self.name} refuses prompt {number}: {error}") from error
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not isinstance(prompt, str):
+            if len(prompt) != 1 or prompt[0]["role"] != "user":
+                raise UsageError(
+                    f"prompt {number} is a conversation and {self.name} has no chat template: give plain text"
+                )
+            prompt = prompt[0]["content"]
+        ids = list(self.tokenizer(prompt)["input_ids"])
+        if len(ids) > 1 and ids[0] == ids[1] == getattr(self.tokenizer, "bos_token_id", None):
+            del ids[0]  # the text already began with it
+        return ids[:-1] if len(ids) > 1 and ids[-1] in self.eos_ids else ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    # numbers
+
+    def session(self, prompts: Sequence[Sequence[int]], control: Control | None = None) -> Session:
+        """A `Session` after one prefill of the given token ids."""
+        if control is not None:
+            control.check(self.model)
+        session = Session(self, prompts, control)
+        self._check_head(list(prompts[0]))
+        return session
+
+    @torch.no_grad()
+    def _check_head(self, ids: list[int]) -> None:
+        """Once: the model's own forward must equal head(backbone), or edits would land in the wrong place."""
+        if self._checked:
+            return
+        tokens = torch.tensor([ids[:8]], device=self.device)
+        own = self.model(tokens).logits[:, -1].float()
+        ours = self.head(self.backbone(tokens).last_hidden_state[:, -1])
+        if bool(own.isnan().any()):
+            raise UsageError(f"{self.name} gives logits that are not numbers: its weights hold NaN or infinite values")
+        if not torch.allclose(own, ours, atol=1e-3 * max(1.0, float(own.abs().max()))):
+            raise UsageError(f"{type(self.model).__name__} transforms its logits in a way trimtab does not know")
+        self._checked = True
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = Sampling(),
+        control: Control | None = None,
+        observer: Observer | None = None,
+    ) -> Completions:
+        """Answer every prompt `sampling.samples` times; the prefill of a prompt is forwarded once for all of them.
+
+        observer sees every step (see `generation.Step`; its rows number the rows of the result).
+        """
+        start = time.perf_counter()
+        encoded = self.encode(prompts)
+        if control is not None:
+            control.check(self.model)
+        each, steps = sampling.samples, sampling.max_new_tokens
+        uniform = uniforms(len(prompts) * each, steps, sampling.seed)
+        drawn: list[Drawn] = []
+        forwarded = 0
+        per_prefill = max(1, self.batch_rows // each)
+        for first in range(0, len(prompts) if steps else 0, per_prefill):
+            prefill = self.session(encoded[first : first + per_prefill], control)
+            forwarded += prefill.tokens_forwarded
+            owners = [row for row in range(prefill.rows) for _ in range(each)]
+            for at in range(0, len(owners), self.batch_rows):
+                part = owners[at : at + self.batch_rows]
+                session = prefill if each == 1 else prefill.fork(part)
+                before = session.tokens_forwarded
+                offset = first * each + at
+                watch = None if observer is None else _shifted(observer, offset)
+                drawn.append(sample(session, sampling, uniform[offset : offset + len(part)], watch))
+                forwarded += session.tokens_forwarded - before
+        if not steps:
+            drawn = [Drawn([[] for _ in uniform], [[] for _ in uniform], [False] * len(uniform))]
+        tokens = [row for part in drawn for row in part.tokens]
+        return Completions(
+            prompts=[prompt for prompt in prompts for _ in range(each)],
+            texts=[cut_at(self.decode(row), sampling.stop) for row in tokens],
+            tokens=tokens,
+            logprobs=[row for part in drawn for row in part.logprobs],
+            finish_reasons=["stop" if ended else "length" for part in drawn for ended in part.stopped],
+            cost=Cost({self.name: forwarded}, 0, time.perf_counter() - start),
+        )
+
+    @torch.no_grad()
+    def hidden_states(
+        self, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], control: Control | None = None
+    ) -> Iterator[torch.Tensor]:
+        """For each answer the final hidden states o_t its tokens were drawn from, [T_i, D], by teacher forcing.
+
+        o_1 is the state at the prompt's last position; the answer's last token is never forwarded. `control` matters
+        only if it edits inside the blocks: the states are returned before any final edit.
+        """
+        encoded = self.encode(prompts)
+        if len(encoded) != len(tokens):
+            raise UsageError(
+                f"there are {len(encoded)} prompts and {len(tokens)} answers: one answer a prompt is needed"
+            )
+        for first in range(0, len(encoded), 64):
+            part = zip(encoded[first : first + 64], tokens[first : first + 64], strict=True)
+            if control is None or control.final:
+                session = self.session([[*prompt, *answer[:-1]] for prompt, answer in part])
+            else:  # two calls, so that a control that tells prompt from answer sees the boundary
+                session = self.session(encoded[first : first + 64], control)
+                session.append([list(answer[:-1]) for _, answer in part])
+            for row, answer in enumerate(tokens[first : first + 64]):
+                states = session.states(row)
+                yield states[len(states) - len(answer) :]
+
+    @torch.no_grad()
+    def token_logprobs(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Sequence[int]],
+        sampling: Sampling = Sampling(),
+        control: Control | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """For each answer the whole next-token distribution at each of its positions, [T_i, V] in nats.
+
+        Only softmax sampling at a temperature is meant: cuts and penalties in `sampling` are refused.
+        """
+        if not sampling.is_softmax:
+            raise UsageError("distributions are compared at a temperature above 0, without top-k, top-p or penalties")
+        if control is not None:
+            control.check(self.model)
+        final = None if control is None else control.split()[1]
+        for states in self.hidden_states(prompts, tokens, control):
+            if final is not None and len(states):
+                states = final.edit(states, torch.arange(len(states))).to(states.dtype)
+            yield sampling.logprobs(self.head(states))
+
+    def score(
+        self, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], control: Control | None = None
+    ) -> list[torch.Tensor]:
+        """Log-probability in nats of each given answer token at temperature 1, [T_i] per answer."""
+        rows = self.token_logprobs(prompts, tokens, Sampling(), control)
+        return [
+            logprobs.gather(-1, torch.tensor(answer, dtype=torch.long, device=logprobs.device)[:, None])[:, 0].cpu()
+            for logprobs, answer in zip(rows, tokens, strict=True)
+        ]
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder a model name means, or None for a Hub id. `pocket/NAME` is a model that ships with trimtab."""
+    if name.startswith("pocket/"):
+        from trimtab import pocket
+
+        return pocket.path(name.removeprefix("pocket/"))
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UsageError(f"{name!r} is a folder without config.json: not a Hugging Face model")
+        return folder
+    if name.count("/") > 1 or name.startswith((".", "~", os.sep)):
+        raise UsageError(f"there is no model folder {name!r}")
+    return None
+
+
+def _shifted(observer: Observer, offset: int) -> Observer:
+    from dataclasses import replace
+
+    return lambda step: observer(replace(step, rows=step.rows + offset))
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

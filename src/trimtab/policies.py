@@ -1,0 +1,148 @@
+"""From one-line specs to policies: `base`, `model:path=...`, `best-of-n:n=8`, `natural-control:kl_target=0.05`, ...
+
+A steering method is fitted where it is needed. Policies that differ only in decoding options share one fit, methods that
+roll out the same model share the rollouts; each is still charged what it would have cost alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimtab import catalogue
+from trimtab.errors import UsageError, unknown
+from trimtab.lm import LM
+from trimtab.policy import Policy, Prompt
+from trimtab.rewards import as_reward
+from trimtab.run import RunDirectory
+from trimtab.sampling import Sampling
+from trimtab.spec import build, parse_spec
+from trimtab.steer import load_controller
+from trimtab.steer.controller import Controller
+from trimtab.steer.rollouts import Progress, Rollouts, collect
+
+OTHERS = ("base", "model")
+
+
+@dataclass
+class Built:
+    """A policy ready to answer. family: its slug; settings: every option as used; fit_*: what fitting it took."""
+
+    name: str
+    family: str
+    policy: Policy
+    settings: dict[str, Any] = field(default_factory=dict)
+    controller: Controller | None = None
+    fit_seconds: float = 0.0
+    fit_tokens: int = 0
+    kl_bound: float | None = None  # nats an answer
+
+
+@dataclass
+class Workshop:
+    """What building policies needs: the model, the reward, the prompts to fit on; `run` keeps fits for a resumed run."""
+
+    lm: LM
+    reward: Any
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    run: RunDirectory | None = None
+    progress: Progress | None = None
+    _learnt: dict[str, Controller] = field(default_factory=dict)
+    _rollouts: dict[int, Rollouts] = field(default_factory=dict)
+
+    def build(self, spec: str) -> Built:
+        """The policy that `NAME[:key=value,...]` names. Unknown names and keys raise `UsageError`."""
+        slug, options = parse_spec(spec)
+        if slug == "base":
+            return Built(spec, "base", self.lm)
+        if slug == "model":
+            if set(options) != {"path"}:
+                raise UsageError(f"{spec!r}: write model:path=FOLDER")
+            other = LM.load(options["path"])
+            return Built(spec, "model", other, {"path": options["path"]})
+        cls = catalogue.method(slug)
+        if not issubclass(cls, Controller):
+            config: Any = build(cls.Config, options, f"policy {slug!r}")
+            policy = cls(self.lm, as_reward(self.reward), **dataclasses.asdict(config))
+            bound = getattr(policy, "kl_bound", None)
+            return Built(spec, slug, policy, dataclasses.asdict(config), kl_bound=bound)
+        controller = self._controller(cls, slug, spec, options)
+        made = controller.origin
+        return Built(
+            spec, slug, controller.as_policy(self.lm), _plain(controller.config), controller,
+            made.fit_seconds, made.fit_tokens,
+        )  # fmt: skip
+
+    def _controller(self, cls: type[Controller], slug: str, spec: str, options: dict[str, str]) -> Controller:
+        folder = options.pop("controller", None)
+        if folder is not None:
+            return self._saved(cls, folder, options)
+        config: Any = build(cls.Config, options, f"policy {slug!r}")
+        key = f"fits/{slug}-{_hash(_plain(config))}"
+        if self.run is not None and self.run.done(key):
+            return cls.from_pretrained(self.run.path / key)
+        controller = self._fitted(cls, config).but(**{name: getattr(config, name) for name in cls.DECODE})
+        controller = controller.ready(self.lm, self.prompts, self.sampling, self.progress)
+        if self.run is not None:
+            with self.run.folder(key) as where:
+                controller.save_pretrained(where)
+            self.run.event("fitted", policy=spec, fit_seconds=controller.origin.fit_seconds)
+        return controller
+
+    def _saved(self, cls: type[Controller], folder: str, options: dict[str, str]) -> Controller:
+        controller = load_controller(folder)
+        if not isinstance(controller, cls):
+            raise UsageError(f"{folder!r} holds a {controller.slug} controller, not {cls.slug}")
+        fixed = sorted(set(options) - set(cls.DECODE))
+        if fixed:
+            raise unknown("decoding option of a saved controller", fixed[0], cls.DECODE)
+        config: Any = build(cls.Config, options, f"policy {cls.slug!r}")
+        controller = controller.but(**{name: getattr(config, name) for name in options})
+        controller.check(self.lm.model)
+        return controller
+
+    def _fitted(self, cls: type[Controller], config: Any) -> Controller:
+        """The shared part of a fit, once for all policies that differ in decoding options alone."""
+        fixed = {name: value for name, value in _plain(config).items() if name not in cls.DECODE}
+        key = f"{cls.slug}-{_hash(fixed)}"
+        if key not in self._learnt:
+            if self.progress is not None:
+                self.progress(f"fitting {cls.slug}")
+            rollouts = self._shared_rollouts(getattr(config, "rollouts", 0))
+            self._learnt[key] = cls.learn(
+                self.lm, self.prompts, as_reward(self.reward), self.sampling, config, rollouts, self.progress
+            )
+        return self._learnt[key]
+
+    def _shared_rollouts(self, count: int) -> Rollouts | None:
+        if count and count not in self._rollouts:
+            reward = as_reward(self.reward)
+            self._rollouts[count] = collect(self.lm, self.prompts, reward, self.sampling, count, progress=self.progress)
+        return self._rollouts.get(count)
+
+
+def check_policy(spec: str) -> None:
+    """Refuse an unknown policy, key or value before any work is done."""
+    slug, options = parse_spec(spec)
+    if slug in OTHERS:
+        return
+    known = [*catalogue.slugs(), *OTHERS]
+    if slug not in known:
+        raise unknown("policy", slug, known)
+    cls = catalogue.method(slug)
+    if issubclass(cls, Controller):
+        options = {key: value for key, value in options.items() if key != "controller"}
+    build(cls.Config, options, f"policy {slug!r}")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dict(dataclasses.asdict(config))
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

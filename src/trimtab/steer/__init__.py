@@ -1,0 +1,75 @@
+"""Steering: methods that edit the hidden states of a frozen model. One file a method; this dict is the list of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import unknown
+from trimtab.spec import build
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.policy import Prompt
+    from trimtab.rewards.base import Reward
+    from trimtab.sampling import Sampling
+    from trimtab.steer.controller import Controller
+    from trimtab.steer.rollouts import Progress
+
+METHODS = {
+    "natural-control": ("natural_control", "NaturalControl"),
+    "re-control": ("re_control", "ReControl"),
+    "pref-ctrl": ("pref_ctrl", "PrefCtrl"),
+    "static-re": ("static_re", "StaticRE"),
+    "steering-vector": ("steering_vector", "SteeringVector"),
+}
+_OTHERS = {
+    "ValueNetwork": "value",
+    "Rollouts": "rollouts",
+    "collect": "rollouts",
+    "tune": "tuner",
+    "Controller": "controller",
+}
+_WHERE = {**{cls: module for module, cls in METHODS.values()}, **_OTHERS}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'trimtab.steer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"trimtab.steer.{_WHERE[name]}"), name)
+
+
+def method(slug: str) -> type[Controller]:
+    """The class of a steering method. Unknown names raise `UsageError` with the nearest match."""
+    if slug not in METHODS:
+        raise unknown("steering method", slug, METHODS)
+    module, cls = METHODS[slug]
+    return getattr(importlib.import_module(f"trimtab.steer.{module}"), cls)
+
+
+def load_controller(folder: str | Path) -> Controller:
+    """A saved controller of any method."""
+    from trimtab.steer.controller import read_controller
+
+    record, _ = read_controller(folder)
+    return method(record["method"]).from_pretrained(folder)
+
+
+def fit_method(
+    slug: str,
+    lm: LM,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    sampling: Sampling,
+    options: dict[str, str],
+    out: str | Path,
+    progress: Progress | None = None,
+) -> Controller:
+    """Fit a method and save it in `out`."""
+    cls = method(slug)
+    config: Any = build(cls.Config, options, f"method {slug!r}")
+    controller = cls.fit(lm, prompts, reward, sampling=sampling, config=config, progress=progress)
+    controller.save_pretrained(out)
+    return controller

@@ -1,0 +1,48 @@
+"""Shared by the core's tests: one thread, and every architecture as a fixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_lm
+
+from trimtab import LM
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def models() -> dict[tuple[str, bool], LM]:
+    return {}
+
+
+@pytest.fixture
+def lm_of(models: dict[tuple[str, bool], LM]) -> Any:
+    """`lm_of(arch, tied)`: built once a session, shared by tests that do not change it."""
+
+    def get(arch: str, tied: bool = True) -> LM:
+        if (arch, tied) not in models:
+            models[arch, tied] = tiny_lm(arch, tied=tied)
+        return models[arch, tied]
+
+    return get
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def lm(request: pytest.FixtureRequest, lm_of: Any) -> LM:
+    """Every architecture, embeddings tied (untied ones: `test_generate.py`)."""
+    return lm_of(request.param)
+
+
+@pytest.fixture
+def llama(lm_of: Any) -> LM:
+    return lm_of("llama")
