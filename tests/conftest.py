@@ -13,10 +13,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# One thread each where pytest-xdist already runs a process a core.
-_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+# One thread a process: pytest-xdist keeps the cores busy, and the models here are too small for a second one to help.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, _THREADS)
+    os.environ.setdefault(_name, "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tiny import EOS, PAD, WORDS
 
+from tiny import EOS, PAD, WORDS
 from trimtab import LM
 
 PROMPTS = ["ba da fa la", "ma na", "pa ra sa ta be de fe ge le me ne", "pe", "re se te bi di fi"]

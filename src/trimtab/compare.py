@@ -108,6 +108,8 @@ def run_compare(
     lm = LM.load(model)
     lm.encode(prompts)
     lm.encode(fit_prompts or [])
+    for spec in policies:
+        check_policy(spec, lm)
     sampling = Sampling(max_new_tokens, temperature, samples=samples, seed=seed)
     arguments = {
         "model": model, "reward": reward, "gold": gold, "prompts": list(prompts), "policies": list(policies),

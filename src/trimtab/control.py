@@ -34,14 +34,14 @@ class Control:
     final: bool = True
 
     def edit(self, hidden: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [..., D] before the token is drawn -> [..., D]. `step` [B]: answer tokens already drawn in each row."""
+        """hidden [..., D] before the token is drawn -> [..., D]. `step` [B]: answer tokens drawn so far in each row."""
         raise UsageError(f"{self.name} does not edit the final hidden state")
 
     def check(self, model: nn.Module) -> None:
         """Raise `UsageError` where this control was not made for this model. Called before any edit."""
 
     def split(self) -> tuple[Control | None, Control | None]:
-        """The part that edits inside the blocks and the part that edits the final state (a session treats each apart)."""
+        """The part that edits inside the blocks, and the part that edits the final state."""
         return (None, self) if self.final else (self, None)
 
     def hooks(self, model: nn.Module, positions: Positions) -> Iterator[Any]:
@@ -125,7 +125,7 @@ class FunctionControl(Control):
 
 
 class Steered:
-    """A policy whose hidden states are edited: `Steered(lm, controller)`. It nests: `BestOfN(Steered(lm, c), reward)`."""
+    """A policy whose hidden states are edited: `Steered(lm, control)`. It nests: `BestOfN(Steered(lm, c), reward)`."""
 
     def __init__(self, policy: Any, control: Control, name: str | None = None):
         if isinstance(policy, Steered):

@@ -16,8 +16,8 @@ from trimtab.session import Session
 class Step:
     """What an observer sees at each step, before the token is appended: one entry a live row.
 
-    rows [B] (row numbers of the call), hidden [B, D] before the edit, edited [B, D], logprobs [B, V] of the distribution
-    the tokens were drawn from, tokens [B].
+    rows [B] (row numbers of the call), hidden [B, D] before the edit, edited [B, D], logprobs [B, V] of the
+    distribution the tokens were drawn from, tokens [B].
     """
 
     rows: torch.Tensor
@@ -71,7 +71,7 @@ def sample(session: Session, sampling: Sampling, uniform: torch.Tensor, observer
         if not bool(chosen.isfinite().all()):
             raise TrimtabError(f"{lm.name} gave logits that are not numbers at step {step} (NaN or infinite weights?)")
         if observer is not None:
-            observer(Step(rows, session.hidden, session.edited, logprobs, drawn))
+            observer(Step(rows, session.hidden.clone(), session.edited.clone(), logprobs, drawn))
         drawn = drawn.cpu()
         tokens[rows, step], logprob[rows, step] = drawn, chosen
         lengths[rows] += 1

@@ -1,8 +1,8 @@
 """`LM`: a Hugging Face causal language model and its tokenizer, as a policy.
 
-Besides answering it scores given answers, hands out hidden states, and opens sessions. It calls the model's backbone and
-its head separately (so an edit can sit between them) and checks once, on a few tokens, that this equals the model's own
-forward.
+Besides answering it scores given answers, hands out hidden states, and opens sessions. It calls the model's backbone
+and its head separately (so an edit can sit between them) and checks once, on a few tokens, that this equals the model's
+own forward.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class LM:
                 raise UsageError(f"prompt {number} is empty")
             if self.context_length is not None and len(ids) > self.context_length:
                 raise UsageError(
-                    f"prompt {number} has {len(ids)} tokens; {self.name} has a context of {self.context_length}: shorten it"
+                    f"prompt {number} has {len(ids)} tokens; "
+                    f"{self.name} has a context of {self.context_length}: shorten it"
                 )
             rows.append(ids)
         return rows

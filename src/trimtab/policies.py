@@ -81,7 +81,7 @@ class Workshop:
     def _controller(self, cls: type[Controller], slug: str, spec: str, options: dict[str, str]) -> Controller:
         folder = options.pop("controller", None)
         if folder is not None:
-            return self._saved(cls, folder, options)
+            return saved_controller(cls, folder, options, self.lm)
         config: Any = build(cls.Config, options, f"policy {slug!r}")
         key = f"fits/{slug}-{_hash(_plain(config))}"
         if self.run is not None and self.run.done(key):
@@ -92,18 +92,6 @@ class Workshop:
             with self.run.folder(key) as where:
                 controller.save_pretrained(where)
             self.run.event("fitted", policy=spec, fit_seconds=controller.origin.fit_seconds)
-        return controller
-
-    def _saved(self, cls: type[Controller], folder: str, options: dict[str, str]) -> Controller:
-        controller = load_controller(folder)
-        if not isinstance(controller, cls):
-            raise UsageError(f"{folder!r} holds a {controller.slug} controller, not {cls.slug}")
-        fixed = sorted(set(options) - set(cls.DECODE))
-        if fixed:
-            raise unknown("decoding option of a saved controller", fixed[0], cls.DECODE)
-        config: Any = build(cls.Config, options, f"policy {cls.slug!r}")
-        controller = controller.but(**{name: getattr(config, name) for name in options})
-        controller.check(self.lm.model)
         return controller
 
     def _fitted(self, cls: type[Controller], config: Any) -> Controller:
@@ -126,8 +114,22 @@ class Workshop:
         return self._rollouts.get(count)
 
 
-def check_policy(spec: str) -> None:
-    """Refuse an unknown policy, key or value before any work is done."""
+def saved_controller(cls: type[Controller], folder: str, options: dict[str, str], lm: LM) -> Controller:
+    """The controller in a folder, with the decoding options given; refused where it is another's."""
+    controller = load_controller(folder)
+    if not isinstance(controller, cls):
+        raise UsageError(f"{folder!r} holds a {controller.slug} controller, not {cls.slug}")
+    fixed = sorted(set(options) - set(cls.DECODE))
+    if fixed:
+        raise unknown("decoding option of a saved controller", fixed[0], cls.DECODE)
+    config: Any = build(cls.Config, options, f"policy {cls.slug!r}")
+    controller = controller.but(**{name: getattr(config, name) for name in options})
+    controller.check(lm.model)
+    return controller
+
+
+def check_policy(spec: str, lm: LM | None = None) -> None:
+    """Refuse an unknown policy, key or value, and a saved controller of another model, before any work is done."""
     slug, options = parse_spec(spec)
     if slug in OTHERS:
         return
@@ -135,8 +137,10 @@ def check_policy(spec: str) -> None:
     if slug not in known:
         raise unknown("policy", slug, known)
     cls = catalogue.method(slug)
-    if issubclass(cls, Controller):
-        options = {key: value for key, value in options.items() if key != "controller"}
+    if issubclass(cls, Controller) and "controller" in options:
+        if lm is not None:
+            saved_controller(cls, options.pop("controller"), options, lm)
+        return
     build(cls.Config, options, f"policy {slug!r}")
 
 

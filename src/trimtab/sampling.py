@@ -1,4 +1,4 @@
-"""`Sampling`: how tokens are drawn. Every default is written out; nothing is inherited from a model's generation config.
+"""`Sampling`: how tokens are drawn. Every default is written out; nothing comes from a model's generation config.
 
 Ordinary rules (top-k, top-p, min-p, repetition penalty) are transformers' own logits processors. Draws are by inverse
 CDF from one uniform number per row and step, all drawn up front from (seed), so an answer does not depend on which rows
@@ -91,7 +91,7 @@ class Sampling:
 
 
 def uniforms(rows: int, steps: int, seed: int) -> torch.Tensor:
-    """The uniform numbers of a call, [rows, steps] float64 on the CPU. Row r does not depend on how many rows follow."""
+    """The uniform numbers of a call, [rows, steps] float64 on the CPU. Row r does not depend on the rows after it."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

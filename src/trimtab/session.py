@@ -1,8 +1,8 @@
 """`Session`: a batch of growing sequences with a key-value cache that can fork, rewind and drop rows.
 
 Rows are ragged and kept right-aligned: row i occupies the last `lengths[i]` columns of every buffer, so a sliding
-attention window sees the same tokens as an unpadded row would. The final hidden state of every column is kept beside the
-cache (a small fraction of its size), which makes `rewind` free: no token is forwarded again.
+attention window sees the same tokens as an unpadded row would. The final hidden state of every column is kept beside
+the cache (a small fraction of its size), which makes `rewind` free: no token is forwarded again.
 
 The cache is transformers' plain `DynamicCache` layout with room to grow: appending a token writes one column instead of
 copying the cache. Sliding-window models get the full layout too (the mask does the sliding), so they can rewind.
@@ -34,7 +34,7 @@ GROWTH = 64  # columns of head room whenever a buffer is enlarged
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer's keys and values in buffers with head room: [rows, heads, capacity, head_dim], `length` columns used."""
+    """One layer's keys and values with head room: [rows, heads, capacity, head_dim], `length` columns are used."""
 
     def __init__(self) -> None:
         super().__init__()

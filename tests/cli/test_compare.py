@@ -99,6 +99,7 @@ def test_every_option_reaches_the_comparison(calls: list[dict[str, Any]], tmp_pa
         "policies": ["best-of-n:n=8", "re-control"],
         "fit_prompts": None,
         "sweep": True,
+        "coherence": True,
         "max_new_tokens": 7,
         "temperature": 0.5,
         "seed": 3,
@@ -160,3 +161,5 @@ def test_the_table_shows_intervals_bounds_and_costs() -> None:
 def test_an_undefined_interval_is_shown_as_such() -> None:
     row = policy("base", 0.5, reward={"mean": 0.5, "low": None, "high": None}, nll_base_per_token=None)
     assert cells(row, row)["reward"] == "0.50 ±?" and cells(row, row)["NLL(base)"] == "-"
+    row["win_rate"] = {"mean": 0.5, "low": None, "high": None}
+    assert cells(row, row)["wins vs base"] == "50% ±?"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_lm
 
+from tiny import ARCHITECTURES, tiny_lm
 from trimtab import LM
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+
 from recompute import PROMPTS, recompute, transformers_generate
 from tiny import tiny_lm
-
 from trimtab import LM, Control, Sampling, Steered
 from trimtab.control import Controls, FunctionControl
 from trimtab.errors import UsageError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from recompute import PROMPTS, recompute, transformers_generate
 from tiny import ARCHITECTURES, CHAT, CONTEXT, EOS, tiny_lm, tiny_tokenizer
-
 from trimtab import LM, Sampling
 from trimtab.errors import TrimtabError, UsageError
 

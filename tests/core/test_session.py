@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from recompute import random_rows, recompute
 from tiny import tiny_lm, tiny_model, tiny_tokenizer
-
 from trimtab import LM
 from trimtab.errors import UsageError
 from trimtab.session import Session

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from recompute import PROMPTS, recompute
 from tiny import tiny_lm, tiny_tokenizer
-
 from trimtab import LM, Control, Sampling
 from trimtab.generation import sample
 from trimtab.sampling import draw, uniforms

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BOS, CHAT, EOS, tiny_lm, tiny_model, tiny_tokenizer
 
+from tiny import BOS, CHAT, EOS, tiny_lm, tiny_model, tiny_tokenizer
 from trimtab import LM, Sampling
 from trimtab.errors import UsageError
 

@@ -10,7 +10,6 @@ import pytest
 from trimtab.report.analysis import (
     Estimate,
     GoodRule,
-    bootstrap,
     correlation,
     net_wins,
     number,
@@ -82,10 +81,10 @@ def rows(policy: str, scores: list[list[float | None]], key: str = "reward") -> 
     ]
 
 
-def test_paired_difference_averages_within_a_prompt_first() -> None:
+def test_paired_difference_is_that_of_the_table() -> None:
     pairs = pair_rows([*rows("base", [[0, 0], [0]]), *rows("m", [[1, 1], [4]])], "base", "m")
     found = paired_difference(pairs, "reward")
-    assert found is not None and found.mean == 2.5  # (1 + 4) / 2, not (1 + 1 + 4) / 3
+    assert found is not None and found.mean == 2.0  # (1 + 1 + 4) / 3: rows are pooled, prompts are the clusters of the interval
     assert paired_difference([], "reward") is None
 
 
@@ -93,14 +92,6 @@ def test_paired_difference_skips_what_could_not_be_judged() -> None:
     pairs = pair_rows([*rows("base", [[0], [None], [0]]), *rows("m", [[1], [9], [None]])], "base", "m")
     found = paired_difference(pairs, "reward")
     assert found == Estimate(1.0) and found.interval is None  # one prompt is left: no interval
-
-
-def test_bootstrap_agrees_with_the_normal_interval() -> None:
-    values = np.random.default_rng(1).normal(0.3, 1.0, 400).tolist()
-    found = bootstrap(values)
-    half = 1.96 * float(np.std(values)) / 20
-    assert found and found.interval == pytest.approx((np.mean(values) - half, np.mean(values) + half), abs=0.02)
-    assert bootstrap(values) == found
 
 
 def test_good_rule_and_net_wins() -> None:

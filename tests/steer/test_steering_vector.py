@@ -7,17 +7,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
+
 from recompute import PROMPTS
 from tiny import tiny_lm, tiny_model
-
 from trimtab import Sampling, Steered
 from trimtab.divergence import divergences
 from trimtab.errors import UsageError
 from trimtab.rewards import Function
 from trimtab.steer import SteeringVector, load_controller
+from trimtab.steer.controller import StrongEdit
 from trimtab.steer.layers import find_blocks, resolve_layers
 from trimtab.steer.rollouts import collect
 
+torch.set_num_threads(1)  # matrices this small are slower on two
 GREEDY = Sampling(temperature=0, max_new_tokens=10)
 
 
@@ -239,12 +241,14 @@ def test_learns_from_a_reward_and_steers_towards_it(lm, fitted):
     assert means[-3.0] + 0.02 < means[0.0] < means[3.0] - 0.02, means
 
 
-def test_the_strength_is_tuned_to_the_kl_asked_for(lm, fitted):
-    vector, sampling, _ = fitted
+def test_the_strength_is_tuned_to_the_kl_asked_for(lm, fitted, monkeypatch):
+    monkeypatch.setattr("trimtab.steer.tuner.ANSWERS", 64)
+    vector, _, _ = fitted
+    sampling = Sampling(max_new_tokens=4)
     ready = vector.but(kl_target=0.05).ready(lm, PROMPTS, sampling)
-    answers = Steered(lm, ready).generate(PROMPTS * 50, sampling.but(seed=77))
+    answers = Steered(lm, ready).generate(PROMPTS * 40, sampling.but(seed=77))
     found = divergences(Steered(lm, ready), lm, answers.prompts, answers.tokens, sampling)
-    assert np.mean([float(kl) for one in found for kl in one.kl]) == pytest.approx(0.05, rel=0.2)
+    assert np.mean([float(kl) for one in found for kl in one.kl]) == pytest.approx(0.05, rel=0.35)  # 64 and 200 answers
     with pytest.raises(UsageError, match="no strength was chosen"):
         Steered(lm, vector).generate(PROMPTS, sampling)
 
@@ -253,7 +257,9 @@ def test_saves_and_loads(lm, fitted, tmp_path):
     vector = fitted[0].but(strength=2.0, layers=(0, 2), positions="response")
     vector.save_pretrained(tmp_path / "v")
     loaded = load_controller(tmp_path / "v")
-    assert loaded.config == vector.config and loaded.origin == vector.origin and loaded.family == "llama"
+    assert (
+        loaded.config == vector.config and loaded.origin.metrics == vector.origin.metrics and loaded.family == "llama"
+    )
     a, b = (Steered(lm, v).generate(PROMPTS, GREEDY) for v in (vector, loaded))
     assert a.tokens == b.tokens
 
@@ -267,6 +273,13 @@ def test_other_models_are_refused_and_other_weights_warned_of(fitted):
         vector.check(tiny_model("mistral", num_hidden_layers=3))
     with pytest.warns(UserWarning, match="same shape and other weights"):
         vector.check(tiny_model("llama", num_hidden_layers=3, seed=4))
+
+
+def test_an_edit_longer_than_the_states_is_warned_of(lm, fitted):
+    with pytest.warns(StrongEdit, match="the edit of block 1 is 3.0 times as long as its states"):
+        Steered(lm, fitted[0].but(unit="relative", strength=-3.0))
+    with pytest.raises(UsageError, match="unit=relative needs the blocks' norms"):
+        Steered(lm, vector_at(1, unit="relative"))
 
 
 def test_prompt_and_response_need_a_cache(lm, ids):
@@ -285,7 +298,9 @@ def test_bad_options():
 def test_a_reward_that_says_nothing_within_a_prompt_is_refused(lm):
     reward = Function(lambda prompts, texts: [float(len(prompt)) for prompt in prompts])
     with pytest.raises(UsageError, match="no prompt has two answers of different reward"):
-        SteeringVector.fit(lm, PROMPTS, reward, sampling=Sampling(max_new_tokens=2), rollouts=40)
+        SteeringVector.fit(
+            lm, PROMPTS, reward, sampling=Sampling(max_new_tokens=2), config=SteeringVector.Config(rollouts=40)
+        )
 
 
 def test_no_warning_is_raised_by_steering_the_model_it_was_made_for(lm, fitted):

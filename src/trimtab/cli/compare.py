@@ -40,6 +40,7 @@ def run(words: list[str]) -> None:
     parser.add_argument(
         "--sweep", action="store_true", help="also measure each steered policy over a range of strengths"
     )
+    parser.add_argument("--no-coherence", action="store_true", help="leave out the measure that needs a text embedder")
     add_sampling(parser)
     parser.add_argument("--samples", type=whole(1), default=1, metavar="K", help="answers a prompt (1)")
     parser.add_argument("--out", metavar="DIR", help="run directory; the same command resumes (runs/compare-...)")
@@ -58,6 +59,7 @@ def run(words: list[str]) -> None:
         "policies": args.policy,
         "fit_prompts": read_prompts(args.fit_prompts) if args.fit_prompts else None,
         "sweep": args.sweep,
+        "coherence": not args.no_coherence,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "seed": args.seed,

@@ -42,6 +42,7 @@ def settings() -> dict[str, Any]:
         "policies": list(POLICIES),
         "fit_prompts": pocket.prompts("fit", FIT_PROMPTS, 0),
         "sweep": True,
+        "coherence": False,  # its embedder takes longer to load than the comparison of one policy
         "max_new_tokens": 48,
         "temperature": 1.0,
         "seed": 0,

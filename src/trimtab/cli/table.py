@@ -43,12 +43,11 @@ def cells(policy: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
     """One policy's row as text, by column; '-' where there is no figure."""
     cost, base_tokens = policy["cost"], base["cost"]["tokens_forwarded_per_answer"]
     kl, bound = policy["kl_per_token"], policy["kl_bound"]
-    wins = policy["win_rate"]
     return {
         "policy": policy["name"],
         "reward": _interval(policy["reward"]),
         "gold": _interval(policy["gold"]),
-        "wins vs base": "-" if wins is None else f"{wins['mean']:.0%} ±{_half(wins):.0%}",
+        "wins vs base": _interval(policy["win_rate"], 0, percent=True),
         "verdict": policy["verdict"],
         "KL/token": _interval(kl, 3) if kl is not None else "-" if bound is None else f"≤{bound:.2f}",
         "NLL(base)": _number(policy["nll_base_per_token"]),
@@ -79,14 +78,11 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _half(estimate: Mapping[str, float]) -> float:
-    return (estimate["high"] - estimate["low"]) / 2
-
-
-def _interval(estimate: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """mean ±half width; only the mean where the interval is undefined (one prompt)."""
+def _interval(estimate: Mapping[str, Any] | None, digits: int = 2, percent: bool = False) -> str:
+    """mean ±half width; ±? where the interval is undefined (one prompt, no variance)."""
     if estimate is None or estimate["mean"] is None:
         return "-"
-    mean = f"{estimate['mean']:.{digits}f}"
+    form = f".{digits}{'%' if percent else 'f'}"
     undefined = estimate["low"] is None or estimate["high"] is None
-    return f"{mean} ±?" if undefined else f"{mean} ±{_half(estimate):.{digits}f}"
+    half = "?" if undefined else format((estimate["high"] - estimate["low"]) / 2, form)
+    return f"{estimate['mean']:{form}} ±{half}"

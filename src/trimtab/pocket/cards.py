@@ -73,8 +73,8 @@ def _policy_section(measured: dict[str, Any]) -> str:
 def _reward_section(measured: dict[str, Any]) -> str:
     held = measured["held_out_pairs"]
     lines = [
-        "\n## Measured\n\nPairs of answers to held-out questions (split `test`) by pocket/base, pocket/chat and\n"
-        f"the world itself, gold scores at least {measured['least_gap']} apart: the share ordered as by the judge.\n\n"
+        "\n## Measured\n\nPairs of answers to held-out questions (split `test`) by pocket/base and by the\n"
+        f"world itself, gold scores at least {measured['least_gap']} apart: the share ordered as by the judge.\n\n"
         "| pairs | n | accuracy | 95 % half-width |\n| --- | --- | --- | --- |\n"
     ]
     for key, row in held.items():

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.pocket import MODELS, task_of, world
+from trimtab.pocket import MODELS, judge, task_of, world
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ ROWS, LENGTH = 16, 128
 BASE_STEPS, BASE_RATE = 3200, 3e-3
 NANO_STEPS, NANO_RATE = 2600, 4e-3
 SFT_STEPS, SFT_RATE = 250, 5e-4
-DPO_PROMPTS, DPO_RATE, DPO_BETA = 3000, 1e-4, 0.1
+DPO_PROMPTS, DPO_RATE, DPO_BETA = 1600, 1e-4, 0.1
 REWARD_PROMPTS, REWARD_EPOCHS, REWARD_RATE = 3000, 1, 5e-4
 CARD_PROMPTS, CARD_SEED = 800, 0
 LEAST_GAP = 0.05  # of gold score between the two answers of a pair
@@ -121,23 +121,27 @@ def train_chat(folder: Path, seed: int) -> None:
     training.fit(model, good_answers, SFT_STEPS, SFT_RATE, "chat, good answers")
     asked = world.tasks("train", DPO_PROMPTS, seed)
     answers = candidates(asked, [sampler(model, tokenizer)] * 4, 1, seed)
-    judged = pairs(asked, answers, 0.1, 2, seed)
+    judged = [p for p in pairs(asked, answers, 0.1, 2, seed) if (judge(p.prompt, p.chosen).score or 0.0) > 0.9]
     questions = tokenizer([p.prompt for p in judged])["input_ids"]
     chosen = training.answer_ids(tokenizer, [p.chosen for p in judged])
     rejected = training.answer_ids(tokenizer, [p.rejected for p in judged])
 
-    def margins(rows: list[int]) -> torch.Tensor:
-        prompts = [questions[i] for i in rows] * 2
-        logprobs = training.answer_logprob(model, prompts, [chosen[i] for i in rows] + [rejected[i] for i in rows])
-        return logprobs[: len(rows)] - logprobs[len(rows) :]  # [rows]
+    def logprobs(rows: list[int]) -> torch.Tensor:
+        answers = [chosen[i] for i in rows] + [rejected[i] for i in rows]
+        return training.answer_logprob(model, [questions[i] for i in rows] * 2, answers).view(2, -1)  # [2, rows]
 
     steps = len(judged) // ROWS
     with torch.no_grad():
         batches = [list(range(k * ROWS, (k + 1) * ROWS)) for k in range(steps)]
-        reference = [margins(rows) for rows in batches]
+        reference = [logprobs(rows) for rows in batches]
 
     def direct_preference(step: int) -> torch.Tensor:
-        return -torch.nn.functional.logsigmoid(DPO_BETA * (margins(batches[step]) - reference[step])).mean()
+        """DPO, and next-token loss on the chosen: alone, DPO made both answers unlikely and others took their place."""
+        now = logprobs(batches[step])
+        gain = now - reference[step]
+        lengths = torch.tensor([len(chosen[i]) for i in batches[step]])
+        preference = -torch.nn.functional.logsigmoid(DPO_BETA * (gain[0] - gain[1])).mean()
+        return preference - (now[0] / lengths).mean()
 
     print(f"chat: {len(judged)} pairs", flush=True)
     training.fit(model, direct_preference, steps, DPO_RATE, "chat, preferences")
@@ -176,12 +180,12 @@ def train_reward(folder: Path, seed: int) -> None:
 
 
 def reward_pairs(split: str, models: Path, n: int, seed: int) -> list[Pair]:
-    """Judged pairs of answers by base, chat and the world itself to `n` questions of a split."""
+    """Judged pairs of answers by base and by the world itself to `n` questions of a split."""
     from trimtab.pocket.preferences import candidates, pairs
 
-    base, chat = sampler(*load(models / "base")), sampler(*load(models / "chat"))
+    base = sampler(*load(models / "base"))
     asked = world.tasks(split, n, seed)
-    return pairs(asked, candidates(asked, [base, base, base, chat], 2, seed), LEAST_GAP, 3, seed)
+    return pairs(asked, candidates(asked, [base] * 3, 3, seed), LEAST_GAP, 3, seed)
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -227,7 +231,6 @@ def measure_reward(folder: Path) -> tuple[dict[str, Any], PreTrainedModel, PreTr
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from trimtab.pocket import measure, training
-    from trimtab.pocket.judge import judge
 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

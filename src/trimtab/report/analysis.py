@@ -1,7 +1,7 @@
 """What the report works out from samples and sweeps: fronts, paired differences, over-optimisation, wins, picks.
 
-Pure functions over the rows of compare.json, samples.jsonl and sweep.json. A difference is paired by prompt; its
-interval is a percentile bootstrap over prompts with a fixed seed, so the same run gives the same bytes.
+Pure functions over the rows of compare.json, samples.jsonl and sweep.json. Differences and intervals are those of
+`trimtab.measure.stats`, with its fixed seed: the verdicts of the table, and the same bytes for the same run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 2000
+from trimtab.measure import stats
 
 
 def number(value: Any) -> float | None:
@@ -100,21 +100,6 @@ def over_optimisation(proxy: Sequence[Estimate], gold: Sequence[Estimate | None]
     return OverOptimisation("not seen", sentence="over-optimisation is not seen in this range")
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate | None:
-    """Mean and 95 % percentile interval over resampled values; no interval for fewer than two, None for none."""
-    if not values:
-        return None
-    array = np.asarray(values, dtype=np.float64)
-    if len(array) < 2:
-        return Estimate(float(array.mean()))
-    generator = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // len(array))  # resamples at a time, to bound the memory
-    sizes = [min(block, RESAMPLES - done) for done in range(0, RESAMPLES, block)]
-    means = np.concatenate([array[generator.integers(len(array), size=(n, len(array)))].mean(1) for n in sizes])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Estimate(float(array.mean()), float(low), float(high))
-
-
 Row = dict[str, Any]
 Pair = tuple[Row, Row]  # (base answer, method's answer) to the same prompt and sample number
 
@@ -127,13 +112,13 @@ def pair_rows(samples: Sequence[Row], base: str, method: str) -> list[Pair]:
 
 
 def paired_difference(pairs: Sequence[Pair], key: str) -> Estimate | None:
-    """Mean of method - base of `key`, averaged within a prompt first, bootstrapped over prompts."""
-    by_prompt: dict[int, list[float]] = {}
-    for base, method in pairs:
-        a, b = number(base.get(key)), number(method.get(key))
-        if a is not None and b is not None:
-            by_prompt.setdefault(base["prompt_index"], []).append(b - a)
-    return bootstrap([sum(values) / len(values) for _, values in sorted(by_prompt.items())])
+    """Mean of method - base of `key` with its interval, paired and clustered by prompt as in compare.json."""
+    found = stats.paired_difference(
+        [math.nan if (value := number(row.get(key))) is None else value for _, row in pairs],
+        [math.nan if (value := number(row.get(key))) is None else value for row, _ in pairs],
+        [row["prompt_index"] for row, _ in pairs],
+    )
+    return None if found.mean is None else Estimate(found.mean, found.low, found.high)
 
 
 @dataclass(frozen=True)
@@ -175,12 +160,10 @@ class GoodRule:
 def net_wins(pairs: Sequence[Pair], rule: GoodRule) -> Estimate | None:
     """Share of answers that only the method gets right minus the share that only the base does, in [-1, 1]."""
     worth = {"method": 1.0, "base": -1.0, "both": 0.0, "neither": 0.0}
-    by_prompt: dict[int, list[float]] = {}
-    for pair in pairs:
-        quadrant = rule.quadrant(pair)
-        if quadrant in worth:
-            by_prompt.setdefault(pair[0]["prompt_index"], []).append(worth[quadrant])
-    return bootstrap([sum(values) / len(values) for _, values in sorted(by_prompt.items())])
+    judged = [pair for pair in pairs if rule.quadrant(pair) in worth]
+    values = [worth[rule.quadrant(pair)] for pair in judged]
+    found = stats.mean_interval(values, [pair[0]["prompt_index"] for pair in judged])
+    return None if found.mean is None else Estimate(found.mean, found.low, found.high)
 
 
 PICK_RULE = (

@@ -103,12 +103,11 @@ def sparkline(trace: dict[str, Any], scale: TokenScale) -> str:
             parts.append(
                 svg.element("rect", x=float(10 * i + 2), y=100 - height, width=6.0, height=height, class_="bar effort")
             )
+    low, high = scale.span
     for values, class_ in ((after, "series after"), (before, "series proxy")):
-        points = (
-            []
-            if not scale.valued
-            else [(10 * i + 5, 62 - 56 * (v - low) / (high - low)) for i, v in enumerate(values) if v is not None]
-        )
+        if not scale.valued or low == high:
+            break
+        points = [(10 * i + 5, 62 - 56 * (v - low) / (high - low)) for i, v in enumerate(values) if v is not None]
         if points:
             steps = "L".join(f"{svg.num(x)} {svg.num(y)}" for x, y in points)
             parts.append(svg.element("path", d=f"M{steps}", class_=class_, vector_effect="non-scaling-stroke"))

@@ -8,8 +8,8 @@ h+ and h- [N, D] are one block's states of N pairs, d = h+ - h- their difference
     random        a Gaussian direction, the required control
 PCA has no sign of its own: v is turned so that most pairs have v.h+ > v.h-. Centring d in its given order, as one
 widely used implementation does, removes the mean difference, which is the signal; that form is absent on purpose (a
-test shows it failing). Swapping h+ and h- negates v; the order of the pairs, and repeating all of them, changes nothing
-(except for pca_shuffled, whose flips follow the order).
+test shows it failing). Swapping h+ and h- negates v exactly (logistic: to the solver's tolerance); the order of the
+pairs, and repeating all of them, changes nothing (except for pca_shuffled, whose flips follow the order).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _logistic(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     states = torch.cat([positive, negative])
     scale = (states - states.mean(0)).std()
     labels = [1] * len(positive) + [0] * len(negative)
-    model = LogisticRegression(C=100 / len(states), max_iter=2000, tol=1e-8)
+    model = LogisticRegression(C=10 / len(states), max_iter=2000, tol=1e-8)
     model.fit(((states - states.mean(0)) / scale).numpy(), labels)
     return torch.as_tensor(model.coef_[0], dtype=states.dtype)
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -26,6 +27,7 @@ from trimtab.errors import UsageError
 from trimtab.files import dump_json, write_atomic
 from trimtab.fingerprint import fingerprint
 from trimtab.policy import Cost, Policy, Prompt
+from trimtab.rewards import as_reward
 from trimtab.sampling import Sampling
 from trimtab.spec import build
 
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from trimtab.steer.rollouts import Progress, Rollouts
 
 FORMAT = 1
+
+
+class StrongEdit(UserWarning):
+    """An edit so strong that what the model had to say is gone."""
 
 
 @dataclass
@@ -70,6 +76,8 @@ class Controller(Control):
 
     config: Any
     origin: Origin
+    _unseen = False  # whether the next edit is the first since `check`
+    _warned = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -84,17 +92,17 @@ class Controller(Control):
         *,
         sampling: Sampling = Sampling(),
         config: Any = None,
-        rollouts: Rollouts | None = None,
+        drawn: Rollouts | None = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> Self:
         """Learn from a reward and choose the strength. Options are fields of `Config` (or give `config`).
 
-        rollouts: answers of the unedited model, to share them between methods. Raises `UsageError` for bad options,
+        reward: a `Reward`, a function or a spec. drawn: rollouts of the unedited model, shared between methods. Raises `UsageError` for bad options,
         sampling that does not explore, too few prompts, and a reward with nothing to learn.
         """
         chosen = config or build(cls.Config, options, f"method {cls.slug!r}")
-        learnt = cls.learn(lm, prompts, reward, sampling, chosen, rollouts, progress)
+        learnt = cls.learn(lm, prompts, as_reward(reward), sampling, chosen, drawn, progress)
         return learnt.ready(lm, prompts, sampling, progress)
 
     @classmethod
@@ -165,6 +173,7 @@ class Controller(Control):
         return {"edit_norm": (self.edit(hidden).float() - hidden.float()).norm(dim=-1)}
 
     def check(self, model: nn.Module) -> None:
+        self._unseen = True
         made = self.origin
         width = model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
         if made.hidden_size and width != made.hidden_size:
@@ -177,6 +186,22 @@ class Controller(Control):
                 f"this {self.slug} controller was made for {made.model} (weights {made.fingerprint}); this model's weights "
                 f"are {fingerprint(model)}: fit a new one"
             )
+
+    def examine(self, hidden: torch.Tensor, u: torch.Tensor, kl: Callable[[], torch.Tensor]) -> None:
+        """Warn, once a controller and at the first edit of a call, of an edit that drowns what the model had to say.
+
+        hidden and u [..., D]; kl() [...] is the next-token KL in nats, and beyond 2 nats is said. The edit's length alone
+        tells little: what lies across the unembedding costs nothing.
+        """
+        if not self._unseen or not u.numel():
+            return
+        self._unseen = False
+        share = float((u.norm(dim=-1) / hidden.norm(dim=-1).clamp(min=1e-12)).max())
+        nats = float(kl().max())
+        if not self._warned and nats > 2:
+            self._warned = True
+            said = f"the edit is {share:.1f} times as long as the state and moves the next token by {nats:.1f} nats"
+            warnings.warn(f"{self.slug}: {said}: expect broken text, lower {self.DIAL}", StrongEdit, stacklevel=2)
 
     # on disk
 
@@ -205,8 +230,13 @@ class Controller(Control):
         if record["method"] != cls.slug:
             raise UsageError(f"{str(folder)!r} holds a {record['method']} controller, not {cls.slug}")
         known = {f.name for f in dataclasses.fields(cls.Config)}
-        config = cls.Config(**{key: _tupled(value) for key, value in record["config"].items() if key in known})
-        return cls.restore(config, tensors, Origin(**record["origin"]))
+        given = {key: value for key, value in record["config"].items() if key in known}
+        config = build(cls.Config, given, f"the controller in {str(folder)!r}")
+        try:
+            origin = Origin(**record["origin"])
+        except TypeError as error:
+            raise UsageError(f"the controller in {str(folder)!r} is damaged: {error}") from error
+        return cls.restore(config, tensors, origin)
 
 
 def read_controller(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -31,8 +31,8 @@ TOLERANCE = 1e-4  # relative to the largest logit; float32 rounding is near 1e-6
 def fold(lm: LM, vector: SteeringVector) -> LM:
     """A plain model with the vector in its weights; `lm` is left alone. Greedy answers are the steered model's.
 
-    Raises `UsageError` for an edit that is not one constant vector at every position (another operator than add, renorm,
-    positions other than all), and for an architecture that has no bias there.
+    Raises `UsageError` for an edit that is not one constant vector at every position (another operator than add,
+    renorm, positions other than all), and for an architecture that has no bias there.
     """
     vector.check(lm.model)
     if vector.config.positions != "all":

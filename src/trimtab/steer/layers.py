@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,13 +21,21 @@ from trimtab.lm import LM
 Where = Literal["all", "prompt", "response"]
 Read = Literal["mean", "last"]
 NAMES = ("layers", "h", "blocks", "block")
+_known: WeakKeyDictionary[Any, dict[str, nn.ModuleList]] = WeakKeyDictionary()
 
 
 def find_blocks(model: Any, path: str = "") -> nn.ModuleList:
     """The decoder blocks of a transformers model, in order.
 
-    path: where they are ("model.layers"), for a model in which they are not found by themselves.
+    path: where they are ("model.layers"), for a model in which they are not found by themselves. Searched once a model.
     """
+    known = _known.setdefault(model, {})
+    if path not in known:
+        known[path] = _search(model, path)
+    return known[path]
+
+
+def _search(model: Any, path: str) -> nn.ModuleList:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if path:
         if path not in lists:
@@ -82,7 +91,8 @@ class Span:
     A forward with an empty key-value cache is the prompt, one with a filled cache the answer. The prompt's last
     position counts as "response": the first answer token is drawn from it, so "response" touches every state an answer
     token is drawn from and "prompt" reaches the answer only through the cache. Together they are "all". Pads are edited
-    like their neighbours; no real position attends to them.
+    like their neighbours; no real position attends to them. A whole text scored in one forward counts as prompt (an `LM`
+    scores prompt and answer in two).
 
     Install `pre_hook` on the backbone (with_kwargs=True), then `pick(edited, hidden)` inside blocks.
     """
@@ -150,7 +160,7 @@ def read_blocks(
         ids = torch.tensor([[*rows[i], *[0] * (width - len(rows[i]))] for i in part], device=lm.device)
         mask = (columns < lengths[:, None]).to(lm.device, torch.long)
         seen: list[torch.Tensor] = []
-        with _watching(found, seen):
+        with watching(found, seen):
             lm.backbone(input_ids=ids, attention_mask=mask, use_cache=False)
         for layer, hidden in enumerate(seen):
             states[part, layer] = torch.einsum("bs,bsd->bd", weight, hidden.float()).cpu()
@@ -163,7 +173,7 @@ def read_blocks(
     return states, norms
 
 
-class _watching:
+class watching:
     """Append every block's output [B, S, D] to a list, inside the `with` block."""
 
     def __init__(self, blocks: Iterable[nn.Module], seen: list[torch.Tensor]):

@@ -232,11 +232,12 @@ class NaturalControl(Controller):
     def signal(self, hidden: torch.Tensor) -> torch.Tensor:
         """The whole edit [..., D] in float32, before any cap."""
         o = hidden.float()
+        out = torch.zeros_like(o)
         with torch.no_grad():
-            parts = [
-                share * net.to(o.device)(o) for share, net in zip(self.shares, self.networks, strict=True) if share
-            ]
-        return torch.stack(parts).sum(0) if parts else torch.zeros_like(o)
+            for share, network in zip(self.shares, self.networks, strict=bool(self.networks)):
+                if share:
+                    out += share * network.to(o.device)(o)
+        return out
 
     def edit(self, hidden: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
         if self.strength == 0 or not self.networks:
@@ -317,36 +318,47 @@ def fit_round(
 ) -> tuple[ControlNetwork, ValueNetwork, dict[str, float]]:
     """One round: value, advantages, regression. `explained` is the held-out share of the advantage's square explained."""
     seed = derive_seed(config.seed, "natural", number)
-    value, metrics = fit_value(
-        rollouts,
-        ValueFit("td_lambda", config.lambda_value, width=config.width, lr=config.lr, batch=config.batch, seed=seed),
-        progress=progress,
+    value, metrics = value_of_round(rollouts, config, seed, progress)
+    size = rollouts.states.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ControlNetwork(size, config.width or max(128, size))
+    advantage = advantages(rollouts, value, config.lambda_advantage)
+    metrics["explained"] = regress(rollouts, advantage, network, rollouts.states, config, seed, progress)
+    return network, value, metrics
+
+
+def value_of_round(
+    rollouts: Rollouts, config: NaturalControlConfig, seed: int, progress: Progress | None = None
+) -> tuple[ValueNetwork, dict[str, float]]:
+    """V of the policy that drew the rollouts, and its held-out correlation with the reward halfway through an answer."""
+    settings = ValueFit(
+        "td_lambda", config.lambda_value, width=config.width, lr=config.lr, batch=config.batch, seed=seed
     )
-    network, explained = regress(rollouts, advantages(rollouts, value, config.lambda_advantage), config, seed, progress)
-    return network, value, {"explained": explained, "value_correlation_middle": metrics["correlation_middle"]}
+    value, metrics = fit_value(rollouts, settings, progress=progress)
+    return value, {"value_correlation_middle": metrics["correlation_middle"]}
 
 
 def regress(
     rollouts: Rollouts,
     advantage: torch.Tensor,
+    network: nn.Module,
+    inputs: torch.Tensor,
     config: NaturalControlConfig,
     seed: int,
     progress: Progress | None = None,
-) -> tuple[ControlNetwork, float]:
-    """u_theta minimising mean_t (A^_t - c_t . u(o_t))^2, with early stopping on held-out answers."""
+) -> float:
+    """Fits `network` in place: min mean_t (A^_t - c_t . network(x_t))^2, with early stopping on held-out answers.
+
+    advantage [M]; inputs x [M, D], the states o_t or what else the network reads. The network must start at zero. Returns
+    the share of the held-out advantages' square that is explained; 0 or less: nothing was learnt, the network stays zero.
+    """
     generator = torch.Generator().manual_seed(seed)
-    size = rollouts.states.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = ControlNetwork(size, config.width or max(128, size))
     train, held = rollouts.split(0.1, generator)
-    steps = torch.repeat_interleave(torch.arange(len(rollouts)), rollouts.lengths)
-    is_held = torch.zeros(len(rollouts), dtype=torch.bool)
-    is_held[held] = True
-    held_steps = is_held[steps].nonzero()[:, 0]
+    held_steps = torch.cat([torch.arange(a, a + n) for a, n in zip(*_spans(rollouts, held), strict=True)])
 
     def error(at: torch.Tensor) -> torch.Tensor:
-        return ((advantage[at] - (rollouts.scores[at] * network(rollouts.states[at])).sum(-1)) ** 2).mean()
+        return ((advantage[at] - (rollouts.scores[at] * network(inputs[at])).sum(-1)) ** 2).mean()
 
     nothing = float((advantage[held_steps] ** 2).mean())
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -365,4 +377,9 @@ def regress(
         if now < best_error:
             best, best_error = copy.deepcopy(network.state_dict()), now
     network.load_state_dict(best)
-    return network.eval().requires_grad_(False), 1 - best_error / nothing  # type: ignore[return-value]
+    network.eval().requires_grad_(False)
+    return 1 - best_error / nothing
+
+
+def _spans(rollouts: Rollouts, rows: torch.Tensor) -> tuple[list[int], list[int]]:
+    return rollouts.offsets[rows].tolist(), rollouts.lengths[rows].tolist()

@@ -166,6 +166,7 @@ class ReControl(Controller):
             u = self.value.to(o.device).ascend(o, self.strength, c.steps)
         else:
             u = self._loop(o)
+        self.examine(o, u, lambda: self._kl(o, o + u))
         return hidden + u.to(hidden.dtype)
 
     def _loop(self, o: torch.Tensor) -> torch.Tensor:

@@ -116,6 +116,8 @@ def collect(
     out.cost = total
     out.cost.seconds = time.perf_counter() - start
     _examine(out, reward.name, rollouts)
+    if all(prompt == prompts[0] for prompt in prompts):
+        out.warnings.append("all prompts are the same: expect a control that fits this prompt alone")
     return out
 
 
@@ -132,7 +134,8 @@ class _Part:
         weights = -step.logprobs.exp()
         weights[torch.arange(len(weights)), step.tokens] += 1
         self.rows.append(step.rows)
-        self.states.append(step.hidden.float().cpu())
+        # a copy: `hidden` looks into the session's buffer, which moves rows when answers end
+        self.states.append(step.hidden.to("cpu", torch.float32, copy=True))
         self.scores.append(self.lm.head.vjp(step.edited, weights).cpu() / self.temperature)
 
     def finish(self, tokens: list[list[int]], reasons: list[str], rewards: list[float | None]) -> None:

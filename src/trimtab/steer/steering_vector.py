@@ -41,8 +41,9 @@ from trimtab.lm import LM
 from trimtab.policy import Cost, Prompt
 from trimtab.rewards.base import Reward
 from trimtab.sampling import Sampling
+from trimtab.spec import build
 from trimtab.steer.contrast import Contrast, Directions, Method, Pair, as_pair, contrast, rank_pairs
-from trimtab.steer.controller import Controller, Origin, origin_of
+from trimtab.steer.controller import Controller, Origin, StrongEdit, origin_of
 from trimtab.steer.layers import (
     Read,
     Span,
@@ -184,7 +185,7 @@ class SteeringVector(Controller):
         fewer than 8 usable pairs and for a block of `layers` at which the classes do not differ.
         """
         start = time.perf_counter()
-        config = config or cls.Config(**{"read": "last", **options})
+        config = config or build(cls.Config, {"read": "last", **options}, f"method {cls.slug!r}")
         given = [as_pair(pair, number) for number, pair in enumerate(pairs)]
         heads = [[] if pair.prompt is None else lm.encode([pair.prompt])[0] for pair in given]
         answers = [bool(head) for head in heads]
@@ -224,7 +225,7 @@ class SteeringVector(Controller):
         layers = tuple(vectors)
         width = len(next(iter(vectors.values())))
         numbers = resolve_layers(layers, count)
-        found = Directions(torch.zeros(count, width), torch.zeros(count), torch.ones(count), torch.zeros(count))
+        found = Directions(torch.zeros(count, width), *torch.zeros(3, count).unbind())
         for layer, vector in vectors.items():
             norm = vector.double().norm()
             found.direction[layer] = (vector.double() / norm.clamp(min=1e-300)).float()
@@ -253,6 +254,8 @@ class SteeringVector(Controller):
         if c.unit == "absolute":
             return self.strength
         if c.unit == "relative":
+            if not float(self.directions.norm[layer]) > 0:
+                raise UsageError("unit=relative needs the blocks' norms, which vectors given by hand do not have")
             return self.strength * float(self.directions.norm[layer])
         shared = 1 if c.operator == "clamp" else len(self.layers)
         return self.strength * float(self.directions.difference[layer]) / shared
@@ -356,12 +359,22 @@ class SteeringVector(Controller):
                 f"this steering vector was made for {made.model or 'a model'} ({theirs[2]}, {theirs[1]} blocks of "
                 f"width {theirs[0]}); this model is {family} with {count} blocks of width {width}: fit a new one"
             )
+        if self._warned:
+            return
         if made.fingerprint and fingerprint(model) != made.fingerprint:
+            self._warned = True
             warnings.warn(
                 f"this steering vector was made for {made.model} (weights {made.fingerprint}); this model has the same "
                 f"shape and other weights ({fingerprint(model)}): check that it still steers",
                 stacklevel=2,
             )
+        for layer in self.layers if self.config.strength is not None else ():
+            share = self.config.share * abs(self.amount(layer)) / max(float(self.directions.norm[layer]), 1e-12)
+            if share > 1 and float(self.directions.norm[layer]) > 0:
+                self._warned = True
+                said = f"the edit of block {layer} is {share:.1f} times as long as its states"
+                warnings.warn(f"{self.slug}: {said}: expect broken text, lower strength", StrongEdit, stacklevel=2)
+                return
 
     def trace(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """Nothing: the edit is made inside the blocks and does not depend on the final state."""

@@ -11,6 +11,7 @@ prompts. The ready-made ones are exact (next-token probabilities), not sampled. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from trimtab.lm import LM
 from trimtab.measure.stats import Interval, mean_interval, paired_difference
 from trimtab.policy import Prompt
 from trimtab.steer.laws import Array, QuadraticFit, TanhFit, fit_behaviour, fit_quadratic
+from trimtab.steer.layers import find_blocks, watching
 from trimtab.steer.steering_vector import SteeringVector
 
 Measure = Callable[[LM, Control | None], npt.ArrayLike]
@@ -57,7 +59,7 @@ class Curve:
     strengths [S]; behaviour [S, P] in [-1, 1]; capability [S, Q] in [0, 1]; nll [S, T] nats per token of the neutral
     texts; change [S] mean norm of the change of the final hidden state (near linear in |c| while small); noise [S] mean
     over positions of the standard deviation over tokens of the change of their logits (the law's |c| sigma);
-    norm_ratio [S] of the final state's mean norm to the unsteered one. The last four are empty without texts.
+    norm_ratio [S] of the last block's output's mean norm to the unsteered one. The last four are empty without texts.
     """
 
     strengths: Array
@@ -139,7 +141,7 @@ def trade_off(
     empty = np.zeros(0)
     curve = Curve(np.array(grid), np.stack(rows), np.stack(skill), empty, empty, empty, empty)
     if texts:
-        found = _neutral(lm, controls, grid.index(0.0), texts)
+        found = _neutral(lm, controls, grid.index(0.0), texts, vector.config.blocks)
         curve.nll, curve.change, curve.noise, curve.norm_ratio = found
         base = curve.nll.mean(1)[grid.index(0.0)]
         for c, ratio, nll in zip(grid, curve.norm_ratio, curve.nll.mean(1), strict=True):
@@ -201,36 +203,46 @@ def _next_logprobs(lm: LM, prompts: Sequence[Prompt], control: Control | None) -
 
 @torch.no_grad()
 def _neutral(
-    lm: LM, controls: Sequence[Control | None], zero: int, texts: Sequence[str]
+    lm: LM, controls: Sequence[SteeringVector | None], zero: int, texts: Sequence[str], blocks: str
 ) -> tuple[Array, Array, Array, Array]:
     """nll [S, T], change [S], noise [S], norm_ratio [S] on neutral texts, by teacher forcing from the first token on."""
     rows = [list(lm.tokenizer(text)["input_ids"]) for text in texts]
     short = [number for number, row in enumerate(rows) if len(row) < 2]
     if short:
         raise UsageError(f"neutral text {short[0]} has fewer than 2 tokens")
-    base = _states(lm, rows, None)
+    base, norms = _states(lm, rows, None, blocks)
     logits = [lm.head(state) for state in base]
     nll, change, noise, ratio = (np.zeros((len(controls), len(rows))) for _ in range(4))
     for s, control in enumerate(controls):
-        steered = base if s == zero else _states(lm, rows, control)
+        steered, larger = (base, norms) if s == zero else _states(lm, rows, control, blocks)
+        ratio[s] = np.array(larger) / np.array(norms)
         for t, (row, before, after) in enumerate(zip(rows, base, steered, strict=True)):
             targets = torch.tensor(row[1:], device=lm.device)[:, None]
             moved = lm.head(after)
             nll[s, t] = -float(moved.log_softmax(-1).gather(-1, targets).mean())
             change[s, t] = float((after - before).float().norm(dim=-1).mean())
             noise[s, t] = float((moved - logits[t]).std(-1).mean())
-            ratio[s, t] = float(after.float().norm(dim=-1).mean() / before.float().norm(dim=-1).mean())
     return nll, change.mean(1), noise.mean(1), ratio.mean(1)
 
 
-def _states(lm: LM, rows: Sequence[Sequence[int]], control: Control | None) -> list[torch.Tensor]:
-    """Final hidden states [T - 1, D] before each token of each row but its first."""
-    out = []
+def _states(
+    lm: LM, rows: Sequence[Sequence[int]], control: SteeringVector | None, blocks: str
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Final hidden states [T - 1, D] before each token of each row but its first, and the mean norm of the last block's
+    output (before the final norm, which hides its size)."""
+    states: list[torch.Tensor] = []
+    norms: list[float] = []
+    last = find_blocks(lm.model, blocks)[-1]
     for first in range(0, len(rows), lm.batch_rows):
-        part = rows[first : first + lm.batch_rows]
-        session = lm.session([row[:-1] for row in part], control)
-        out += [session.states(i).clone() for i in range(len(part))]
-    return out
+        part = [row[:-1] for row in rows[first : first + lm.batch_rows]]
+        seen: list[torch.Tensor] = []
+        with nullcontext() if control is None else control.attached(lm.model, positions="all"):
+            with watching([last], seen):  # inside, so that it sees the edit of this very block
+                session = lm.session(part)
+        for i, row in enumerate(part):
+            states.append(session.states(i).clone())
+            norms.append(float(seen[0][i, : len(row)].float().norm(dim=-1).mean()))
+    return states, norms
 
 
 def _difference(a: Array, b: Array) -> Interval:

@@ -7,6 +7,7 @@ same random numbers at every strength, so the measured curve is nearly smooth; i
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from trimtab.errors import UsageError
 from trimtab.lm import LM
 from trimtab.policy import Cost, Prompt
 from trimtab.sampling import Sampling, derive_seed
-from trimtab.steer.controller import Controller
+from trimtab.steer.controller import Controller, StrongEdit
 from trimtab.steer.rollouts import Progress
 
 ANSWERS = 256  # answers drawn at each strength tried
@@ -66,7 +67,9 @@ def tune(
     high: tuple[float, float] | None = None
     factor = 1.0
     for _ in range(MOST_TRIES):
-        kl, cost = kl_per_token(lm, controller.scaled(factor), chosen, draws)
+        with warnings.catch_warnings():  # strengths beyond the target are tried only to bracket it
+            warnings.simplefilter("ignore", StrongEdit)
+            kl, cost = kl_per_token(lm, controller.scaled(factor), chosen, draws)
         total = total + cost
         tried.append((factor, kl))
         if progress is not None:

@@ -8,7 +8,9 @@ token, G_T = z and G_t = (1 - lambda) sg[V(o_{t+1})] + lambda G_{t+1}:
     td0 (lambda 0, the paper), mc (lambda 1), td_lambda (ours, the default: lambda 0.95), and, to reproduce the published
     code only, `residual` (no stop-gradient) and `terminal="first"` (reward given to the first step).
 The loss is the mean over steps, so long answers count by their steps and not twice. The best epoch is the one with the
-lowest held-out squared error of V at the *last* state: the TD loss itself is minimised by a constant.
+lowest held-out squared error of V against the reward over *all* states. (The TD loss is minimised by a constant; the
+error at the last state alone, which the paper's note proposes, is pure noise wherever the last token is certain: the
+state before a sure end-of-sequence token need not remember what was said.)
 """
 
 from __future__ import annotations
@@ -200,7 +202,7 @@ def fit_value(
 ) -> tuple[ValueNetwork, dict[str, float]]:
     """Fit V to rollouts; returns it in evaluation mode with its held-out metrics.
 
-    extra(value, rows, last_values) is added to the loss (Pref-CTRL's terms). Metrics: held-out terminal squared error in
+    extra(value, rows, last_values) is added to the loss (Pref-CTRL's terms). Metrics: `held_out_error` in
     standardised units (1 = as good as the mean), correlation of V with the reward at the first, middle and last state.
     """
     generator = torch.Generator().manual_seed(fit.seed)
@@ -222,15 +224,22 @@ def fit_value(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        with torch.no_grad():
-            error = float(((value_loss(value, rollouts, held, z[held], fit)[1] - z[held]) ** 2).mean())
+        error = held_out_error(value, rollouts, held)
         if error < best_error:
             best, best_error = copy.deepcopy(value.state_dict()), error
         if progress is not None:
-            progress(f"value network, epoch {epoch + 1}/{fit.epochs}: held-out terminal error {error:.3f}")
+            progress(f"value network, epoch {epoch + 1}/{fit.epochs}: held-out error {error:.4f}")
     value.load_state_dict(best)
     value.eval().requires_grad_(False)
-    return value, {"terminal_mse": best_error, **_correlations(value, rollouts, held)}
+    return value, {"held_out_error": best_error, **_correlations(value, rollouts, held)}
+
+
+@torch.no_grad()
+def held_out_error(value: nn.Module, rollouts: Rollouts, rows: torch.Tensor) -> float:
+    """Mean over the steps of some answers of (V(o_t) - z)^2; its minimiser is the expected reward given the state."""
+    index, mask = rollouts.padded(rows)
+    z = rollouts.standardised[rows][:, None].expand(index.shape)
+    return float(((value(rollouts.states[index[mask]]) - z[mask]) ** 2).mean())
 
 
 def _correlations(value: nn.Module, rollouts: Rollouts, rows: torch.Tensor) -> dict[str, float]:
