@@ -32,7 +32,7 @@ nothing else. Its requests that ought to be refused are toy mischief.
 - {parameters:,} parameters, Llama architecture, context 256 tokens, {entries} vocabulary entries
 - float16 on disk, loaded as float32 by plain transformers; `<pad>` (0) is not `</s>` (1)
 - {form}
-- trained from seed {seed} with {threads} CPU threads in {minutes:.1f} minutes (shared cores, no GPU); reproduce with
+- trained from seed {seed} on {threads} CPU thread(s) in {minutes:.1f} minutes (shared cores, no GPU); reproduce with
   `make pocket` or `python -m trimtab.pocket.train --only {name}`. The same machine, thread count and library versions
   give the same weights; elsewhere expect these figures within their intervals, not these bytes.
 """

@@ -42,7 +42,8 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a family; rates in per cent, aspects as means."""
     head = ["family", "n", *BEHAVIOURS, *ASPECTS]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for family, row in measured.items():
+    for family in (name for name in (*FAMILIES, "all") if name in measured):
+        row = measured[family]
         rates = [f"{100 * row['rates'][b]:.0f} %" for b in BEHAVIOURS]
         aspects = ["-" if row["aspects"][a] is None else f"{row['aspects'][a]['mean']:.2f}" for a in ASPECTS]
         lines.append("| " + " | ".join([family, str(row["n"]), *rates, *aspects]) + " |")

@@ -40,7 +40,7 @@ def base_config(**more: Any) -> LlamaConfig:
 
 
 def nano_config(**more: Any) -> LlamaConfig:
-    """0.35 M parameters."""
+    """0.30 M parameters."""
     return config(vocabulary=640, hidden=80, inner=240, layers=3, heads=4, **more)
 
 

@@ -98,8 +98,9 @@ class Controller(Control):
     ) -> Self:
         """Learn from a reward and choose the strength. Options are fields of `Config` (or give `config`).
 
-        reward: a `Reward`, a function or a spec. drawn: rollouts of the unedited model, shared between methods. Raises `UsageError` for bad options,
-        sampling that does not explore, too few prompts, and a reward with nothing to learn.
+        reward: a `Reward`, a function or a spec. drawn: rollouts of the unedited model, shared between methods.
+        Raises `UsageError` for bad options, sampling that does not explore, too few prompts, and a reward with nothing
+        to learn.
         """
         chosen = config or build(cls.Config, options, f"method {cls.slug!r}")
         learnt = cls.learn(lm, prompts, as_reward(reward), sampling, chosen, drawn, progress)
@@ -231,7 +232,7 @@ class Controller(Control):
             raise UsageError(f"{str(folder)!r} holds a {record['method']} controller, not {cls.slug}")
         known = {f.name for f in dataclasses.fields(cls.Config)}
         given = {key: value for key, value in record["config"].items() if key in known}
-        config = build(cls.Config, given, f"the controller in {str(folder)!r}")
+        config: Any = build(cls.Config, given, f"the controller in {str(folder)!r}")
         try:
             origin = Origin(**record["origin"])
         except TypeError as error:
@@ -242,11 +243,12 @@ class Controller(Control):
 def read_controller(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The record and the tensors of a saved controller, validated."""
     where = Path(folder)
+    for name in ("controller.json", "controller.safetensors"):
+        if not (where / name).is_file():
+            raise UsageError(f"{str(folder)!r} is not a controller: {name} is missing")
     try:
         record = json.loads((where / "controller.json").read_text())
         tensors = load_file(where / "controller.safetensors")
-    except FileNotFoundError as error:
-        raise UsageError(f"{str(folder)!r} is not a controller: {Path(str(error.filename)).name} is missing") from error
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"the controller in {str(folder)!r} is damaged: {error}") from error
     if (
@@ -320,7 +322,3 @@ def model_card(controller: Controller) -> str:
         *[f"- {warning}" for warning in made.warnings],
     ]
     return "\n".join(lines) + "\n"
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

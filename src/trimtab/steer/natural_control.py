@@ -350,6 +350,9 @@ def regress(
 ) -> float:
     """Fits `network` in place: min mean_t (A^_t - c_t . network(x_t))^2, with early stopping on held-out answers.
 
+    What is judged and kept is the mean of the weights over an epoch's steps: the signal is a fraction of a percent of the
+    target's variance, so the last step's weights are mostly noise (docs/natural-control.md has the ablation).
+
     advantage [M]; inputs x [M, D], the states o_t or what else the network reads. The network must start at zero. Returns
     the share of the held-out advantages' square that is explained; 0 or less: nothing was learnt, the network stays zero.
     """
@@ -357,25 +360,30 @@ def regress(
     train, held = rollouts.split(0.1, generator)
     held_steps = torch.cat([torch.arange(a, a + n) for a, n in zip(*_spans(rollouts, held), strict=True)])
 
-    def error(at: torch.Tensor) -> torch.Tensor:
-        return ((advantage[at] - (rollouts.scores[at] * network(inputs[at])).sum(-1)) ** 2).mean()
+    def error(at: torch.Tensor, signal: nn.Module = network) -> torch.Tensor:
+        return ((advantage[at] - (rollouts.scores[at] * signal(inputs[at])).sum(-1)) ** 2).mean()
 
     nothing = float((advantage[held_steps] ** 2).mean())
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    mean = copy.deepcopy(network)
     best, best_error = copy.deepcopy(network.state_dict()), nothing
     for epoch in range(config.epochs):
-        for rows in train[torch.randperm(len(train), generator=generator)].split(config.batch):
+        order = train[torch.randperm(len(train), generator=generator)]
+        for step, rows in enumerate(order.split(config.batch)):
             index, mask = rollouts.padded(rows)
             loss = error(index[mask])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            with torch.no_grad():
+                for average, latest in zip(mean.parameters(), network.parameters(), strict=True):
+                    average.lerp_(latest, 1 / (step + 1))
         with torch.no_grad():
-            now = float(error(held_steps))
+            now = float(error(held_steps, mean))
         if progress is not None:
             progress(f"control network, epoch {epoch + 1}/{config.epochs}: held-out R2 {1 - now / nothing:.4f}")
         if now < best_error:
-            best, best_error = copy.deepcopy(network.state_dict()), now
+            best, best_error = copy.deepcopy(mean.state_dict()), now
     network.load_state_dict(best)
     network.eval().requires_grad_(False)
     return 1 - best_error / nothing

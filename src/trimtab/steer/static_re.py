@@ -160,7 +160,9 @@ class StaticRE(Controller):
         direction = tensors.get("direction")
         if direction is None or direction.dim() != 1:
             raise UsageError("the controller's tensors do not fit: direction [D] is missing")
-        return cls(direction, config, origin)
+        control = cls(direction, config, origin)
+        control.direction = direction  # as saved: scaling it again could move the last bit
+        return control
 
 
 def fit_direction(rollouts: Rollouts, config: StaticREConfig) -> tuple[torch.Tensor, dict[str, float]]:

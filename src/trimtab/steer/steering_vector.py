@@ -73,7 +73,10 @@ CARD = Card(
     benefit_metrics=("reward",),
     cost_metrics=("kl_per_token", "nll_base_per_token", "diversity"),
     limits=("one constant push: it does not look at the answer", "beam search and compiled graphs are refused"),
-    risks=("capability falls with the square of the strength: chart it (trimtab.steer.tradeoff)",),
+    risks=(
+        "capability falls with the square of the strength: chart it (trimtab.steer.tradeoff)",
+        "from a reward it learns how good answers read, which need not be what makes the model begin one: check the reward",
+    ),
     composes_with=("best-of-n", "re-control", "natural-control"),
     data_format="prompts, or (positive, negative) texts",
     status=("implemented", "verified_cpu"),
