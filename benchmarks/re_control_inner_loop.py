@@ -46,7 +46,9 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 100])
-    parser.add_argument("--width", type=int, default=4096, help="hidden size of the model and width of the value network")
+    parser.add_argument(
+        "--width", type=int, default=4096, help="hidden size of the model and width of the value network"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)

@@ -7,6 +7,7 @@ natural gradient is u* = F^+ g. All in float64.
 from __future__ import annotations
 
 import torch
+
 from oracles.toy import Toy
 
 

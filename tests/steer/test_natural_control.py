@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.natural import natural_gradient
-from oracles.toy import Toy, context_reward, free_reward
 from safetensors.torch import load_file, save_file
-from tiny import tiny_lm
 from torch import nn
 
+from oracles.natural import natural_gradient
+from oracles.toy import Toy, context_reward, free_reward
+from tiny import tiny_lm
 from trimtab import Sampling, Steered
 from trimtab.divergence import kl_between
 from trimtab.errors import UsageError
@@ -162,7 +162,9 @@ def test_nothing_learnt_is_strength_0_with_a_warning(toy):
     ready = learnt.ready(toy.lm, [toy.prompt] * 4, toy.sampling)
     assert ready.strength == 0 and ready.networks == []
     assert any("learnt nothing" in warning for warning in ready.origin.warnings)
-    assert torch.equal(ready.but(strength=5.0).edit(toy.states), toy.states), "a strength brought back a control of noise"
+    assert torch.equal(ready.but(strength=5.0).edit(toy.states), toy.states), (
+        "a strength brought back a control of noise"
+    )
 
 
 # decoding
@@ -253,7 +255,9 @@ def test_weighted_controls_mix_signals(toy):
     assert torch.allclose(mixed, expected, atol=1e-6)
     rows = torch.rand(7, 2)
     by_row = WeightedControls([first, second], rows).edit(hidden)
-    assert torch.allclose(by_row[3], WeightedControls([first, second], rows[3].tolist()).edit(hidden[3:4])[0], atol=1e-6)
+    assert torch.allclose(
+        by_row[3], WeightedControls([first, second], rows[3].tolist()).edit(hidden[3:4])[0], atol=1e-6
+    )
     wide = WeightedControls([first, second], rows).edit(hidden[:, None].expand(7, 4, 16))
     assert torch.allclose(wide[3, 2], by_row[3], atol=1e-6)
     with pytest.raises(UsageError, match="7 rows and 5 rows"):
@@ -319,7 +323,9 @@ def test_saved_and_loaded_it_is_the_same(toy, fitted, tmp_path: Path):
 
 @pytest.mark.parametrize("gone", ["round0", "ends"])
 def test_a_round_without_its_predecessors_is_refused(fitted, tmp_path: Path, gone):
-    control = NaturalControl([fitted.networks[0], ControlNetwork(16, 128)], [0.8], NaturalControlConfig(strength=1.0), fitted.origin)
+    control = NaturalControl(
+        [fitted.networks[0], ControlNetwork(16, 128)], [0.8], NaturalControlConfig(strength=1.0), fitted.origin
+    )
     file = control.save_pretrained(tmp_path / "c") / "controller.safetensors"
     kept = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(gone)}
     save_file(kept, file)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles.natural import centred_rows, fisher, gradient, in_rounds, natural_gradient
-from oracles.toy import Toy, context_reward, free_reward
 from torch import nn
 
+from oracles.natural import centred_rows, fisher, gradient, in_rounds, natural_gradient
+from oracles.toy import Toy, context_reward, free_reward
 from trimtab.steer.natural_control import NaturalControl, NaturalControlConfig, advantages
 from trimtab.steer.value import ValueNetwork
 
@@ -48,10 +48,15 @@ def test_regression_on_all_answers_recovers_it(toy, lam):
     weight = toy.answer_probabilities().repeat_interleave(rollouts.lengths)
     at, c = rollouts.states[:, 0].long(), rollouts.scores.double()
     width, count = c.shape[1], len(toy.states)
-    gram = torch.zeros(count, width, width).double().index_add_(0, at, weight[:, None, None] * c[:, :, None] * c[:, None])
+    gram = (
+        torch.zeros(count, width, width).double().index_add_(0, at, weight[:, None, None] * c[:, :, None] * c[:, None])
+    )
     moment = torch.zeros(count, width).double().index_add_(0, at, (weight * found)[:, None] * c)
     visits = toy.visits(toy.base)
-    u = torch.linalg.pinv(gram / visits[:, None, None], rtol=1e-6, hermitian=True) @ (moment / visits[:, None])[..., None]
+    u = (
+        torch.linalg.pinv(gram / visits[:, None, None], rtol=1e-6, hermitian=True)
+        @ (moment / visits[:, None])[..., None]
+    )
     logits = (u[..., 0] - natural_gradient(toy)) @ toy.unembedding.T  # what the edit does; the null space is free
     logits = logits - logits.mean(-1, keepdim=True)
     assert float(logits.abs().max()) < 1e-4

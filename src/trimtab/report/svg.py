@@ -59,7 +59,7 @@ def nice_step(span: float, count: int) -> float:
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps [low, high] to [start, end] pixels; `log` maps logarithmically (low > 0)."""
+    """Maps [low, high] to [start, end] pixels; `log` maps logarithmically (low > 0), `root` by the square root (low 0)."""
 
     low: float
     high: float
@@ -67,15 +67,25 @@ class Scale:
     end: float
     log: bool = False
     step: float = 1.0
+    root: bool = False
 
     @staticmethod
     def nice(
-        values: Sequence[float], start: float, end: float, *, count: int = 5, zero: bool = False, log: bool = False
+        values: Sequence[float],
+        start: float,
+        end: float,
+        *,
+        count: int = 5,
+        zero: bool = False,
+        log: bool = False,
+        root: bool = False,
     ) -> Scale:
         """A scale whose ends are ticks, holding all values; `zero` includes 0. No values: [0, 1]."""
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if log and low > 0:
             return Scale(low / 1.25, high * 1.25, start, end, log=True)
+        if root:
+            return Scale(0.0, max(high, 1e-6) * 1.1, start, end, root=True)
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)
         if high - low <= 1e-12 * max(1.0, abs(high)):
@@ -85,12 +95,18 @@ class Scale:
         return Scale(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, start, end, step=step)
 
     def at(self, value: float) -> float:
+        if self.root:
+            return self.start + math.sqrt(max(0.0, value) / self.high) * (self.end - self.start)
         low, high, value = (
             (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
         )
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
+        if self.root:
+            powers = range(math.floor(math.log10(self.high)) - 2, math.ceil(math.log10(self.high)) + 1)
+            found = [m * 10.0**p for p in powers for m in (1, 3) if 0.02 * self.high < m * 10.0**p <= self.high]
+            return [0.0, *found]
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
@@ -98,7 +114,7 @@ class Scale:
         return [self.low + i * self.step for i in range(round((self.high - self.low) / self.step) + 1)]
 
     def tick_label(self, value: float) -> str:
-        if self.log:
+        if self.log or self.root:
             return f"{value:g}"
         decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
         if abs(self.step * 10**decimals - round(self.step * 10**decimals)) > 1e-6:

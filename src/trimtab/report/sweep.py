@@ -72,11 +72,13 @@ def sweep_chart(family: Family, families: Sequence[Family], reward_title: str, g
     golds = [p.gold for other in peers for p in other.points]
     with_gold = gold_title is not None and any(g is not None for g in golds)
     width, height = 400.0, 450.0 if with_gold else 290.0
-    x = svg.Scale.nice([p.x for other in peers for p in other.points], 58.0, width - 14.0, count=4, zero=True)
+    by_kl = family.axis == "kl"  # KL grows with the square of the strength: its root spreads the points evenly
+    values = [p.x for other in peers for p in other.points]
+    x = svg.Scale.nice(values, 58.0, width - 14.0, count=4, zero=True, root=by_kl)
     above = svg.Panel(
         x, svg.Scale.nice(_extent([p.reward for o in peers for p in o.points]), 210.0, 48.0, count=4), inset=10.0
     )
-    x_title = "KL from the base, nats per token →" if family.axis == "kl" else "strength, × the family's own →"
+    x_title = "KL from the base, nats per token (root scale) →" if by_kl else "strength, × the family's own →"
     above.axes("" if with_gold else x_title, "↑ " + reward_title, x_labels=not with_gold)
     parts: list[str] = []
     if family.turn.index is not None:

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.control import Steered
-from trimtab.divergence import divergences
+import torch
+
+from trimtab.divergence import divergences, kl_between
 from trimtab.errors import UsageError
+from trimtab.generation import Step
 from trimtab.lm import LM
 from trimtab.policy import Cost, Prompt
 from trimtab.sampling import Sampling, derive_seed
@@ -37,12 +39,23 @@ class Tuned:
 
 
 def kl_per_token(lm: LM, controller: Controller, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[float, Cost]:
-    """Mean over tokens of the exact KL from the unedited model, on answers drawn from the steered one."""
-    answers = Steered(lm, controller).generate(prompts, sampling)
-    found = divergences(Steered(lm, controller), lm, answers.prompts, answers.tokens, sampling)
-    tokens = sum(len(one.kl) for one in found)
-    cost = answers.cost + Cost({lm.name: answers.cost.tokens_forwarded})
-    return sum(float(one.kl.sum()) for one in found) / max(1, tokens), cost
+    """Mean over tokens of the exact KL from the unedited model, on answers drawn from the steered one.
+
+    An edit of the final hidden state is measured while sampling; one inside the blocks needs the answers scored again.
+    """
+    if controller.final:
+        sums: list[torch.Tensor] = []
+
+        def observe(step: Step) -> None:
+            sums.append(kl_between(step.logprobs, sampling.logprobs(lm.head(step.hidden))).cpu())
+
+        cost = lm.generate(prompts, sampling, controller, observe).cost
+        return float(torch.cat(sums).mean()) if sums else 0.0, cost
+    policy = controller.as_policy(lm)
+    answers = policy.generate(prompts, sampling)
+    found = divergences(policy, lm, answers.prompts, answers.tokens, sampling)
+    kl = torch.cat([one.kl for one in found])
+    return float(kl.mean()) if len(kl) else 0.0, answers.cost + Cost({lm.name: 2 * answers.cost.tokens_forwarded})
 
 
 def tune(

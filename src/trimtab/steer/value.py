@@ -26,7 +26,7 @@ from torch import nn
 from trimtab.errors import UsageError
 from trimtab.steer.rollouts import Progress, Rollouts
 
-WIDE = 1024  # hidden units from which it pays to look for those that switched
+WIDE = 384  # hidden units from which it pays to look for those that switched
 Extra = Callable[["ValueNetwork", torch.Tensor, torch.Tensor], torch.Tensor]
 
 
