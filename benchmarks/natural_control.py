@@ -4,8 +4,8 @@
     python benchmarks/natural_control_report.py        # the tables and figures, from benchmarks/results
 
 MODEL: pocket/base, or the folder of a story model (benchmarks/openings holds the prompts; the reward is sentiment).
-Parts: main (every policy, a fit a seed), ablation (one option at a time), several (two rewards and a weights dial), speed,
-exact (no MODEL needed: the enumerable toy of the tests). Resumable: every measured point is kept in runs/natural-control.
+Parts: main (every policy, a fit a seed), ablation (one option at a time), several (two rewards and a weights dial), speed.
+The exact frontier is natural_control_exact.py. Resumable: every measured point is kept in runs/natural-control.
 Each seed has its own rollouts, fits and answers; the prompts measured on are never fitted on. One thread.
 """
 
@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,10 +41,11 @@ PROMPTS, ANSWERS, STEPS = 60, 8, 10
 # Dials on the story model; elsewhere multiples of the strength that spends 0.05 nats a token.
 STORY_DIALS = {
     "re-control": (1.0, 2.0, 3.0, 4.0, 5.0),
+    "re-control mc": (0.5, 1.0, 1.5, 2.0, 3.0),
     "pref-ctrl": (0.5, 1.0, 2.0, 3.0, 4.0),
-    "natural-control": (4.0, 8.0, 12.0, 15.0, 18.0),
-    "extra-block": (5.0, 10.0, 15.0),
-    "rounds": (3.0, 6.0, 10.0),
+    "natural-control": (1.5, 2.5, 3.5, 4.5, 6.0),
+    "extra-block": (1.5, 3.0, 4.5),
+    "rounds": (1.5, 2.5, 4.0),
 }
 MULTIPLES = (0.5, 0.75, 1.0, 1.4, 2.0)
 ROUND_KL = 0.03
@@ -156,8 +156,9 @@ def main_part(study: Study, seed: int, rollouts: int, most_rounds: int) -> None:
 
     sweep("natural-control", fits(NaturalControl, NaturalControlConfig(rollouts=rollouts, seed=seed)))
     sweep("re-control", fits(ReControl, ReControlConfig(rollouts=rollouts, steps=STEPS, seed=seed)))
+    sweep("re-control mc", fits(ReControl, ReControlConfig(rollouts=rollouts, steps=STEPS, seed=seed, target="mc")))
     sweep("pref-ctrl", fits(PrefCtrl, PrefCtrlConfig(rollouts=rollouts, steps=STEPS, seed=seed)))
-    block = NaturalControlConfig(rollouts=rollouts, seed=seed, form="block", block_strength=10.0)
+    block = NaturalControlConfig(rollouts=rollouts, seed=seed, form="block", block_strength=3.0)
     sweep("extra-block", fits(NaturalControl, block))
     in_rounds = NaturalControlConfig(rollouts=rollouts, seed=seed, rounds=most_rounds, round_kl=ROUND_KL)
     whole = fits(NaturalControl, in_rounds)
@@ -171,15 +172,18 @@ def main_part(study: Study, seed: int, rollouts: int, most_rounds: int) -> None:
 
 
 ABLATION: dict[str, tuple[Any, ...]] = {
-    "lambda_advantage": (0.0, 0.25, 0.75, 1.0),
+    "lambda_advantage": (0.0, 0.5, 0.9, 0.97),
     "epochs": (1, 3, 25),
     "width": (32, 64, 256),
     "rollouts": (1200, 2400, 4800),
 }
 
 
+ABLATION_KL = (0.03, 0.06, 0.12)
+
+
 def ablation_part(study: Study, seed: int, rollouts: int) -> None:
-    """One option at a time from the defaults, each at three strengths."""
+    """One option at a time from the defaults, each at the strengths that spend given KLs to second order."""
     points, draws = Points(study, "ablation", seed), study.sampling(seed, "fit")
     drawn = collect(study.lm, study.fit, study.reward, draws, rollouts)
     default = NaturalControlConfig(rollouts=rollouts, seed=seed)
@@ -188,16 +192,16 @@ def ablation_part(study: Study, seed: int, rollouts: int) -> None:
         (f"{key}={v}", key, dataclasses.replace(default, **{key: v})) for key, vs in ABLATION.items() for v in vs
     ]
     for name, key, config in variants:
-        if f"{name} 16" in points.known:
+        if f"{name} {ABLATION_KL[-1]}" in points.known:
             continue
         used = first_answers(drawn, config.rollouts)
         network, value, found = fit_round(used, config)
         control = NaturalControl([network], config=config, value=value)
-        for strength in (6.0, 11.0, 16.0):
-            policy = control.but(strength=strength).as_policy(study.lm)
-            points.add(
-                f"{name} {strength:.0f}", lambda p=policy: study.measure(p, seed), option=key, variant=name, **found
-            )
+        with torch.no_grad():
+            square = float(((used.scores * network(used.states)).sum(-1) ** 2).mean())
+        for kl in ABLATION_KL:  # KL(s) = s^2 / 2 E[(c.u)^2]
+            policy = control.but(strength=(2 * kl / square) ** 0.5).as_policy(study.lm)
+            points.add(f"{name} {kl}", lambda p=policy: study.measure(p, seed), option=key, variant=name, **found)
 
 
 def first_answers(rollouts: Rollouts, count: int) -> Rollouts:
@@ -214,7 +218,7 @@ def several_part(study: Study, seed: int, rollouts: int) -> None:
     points = Points(study, "several", seed)
     controls = learn_many(
         study.lm, study.fit, [study.reward, second], sampling=study.sampling(seed, "fit"), rollouts=rollouts, seed=seed,
-        strength=12.0,
+        strength=3.5,
     )  # fmt: skip
     points.add("base", lambda: study.measure(study.lm, seed, extra={"second": second}))
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -262,87 +266,15 @@ def speed_part(study: Study, seed: int, repeats: int = 15) -> None:
         points.add(name, lambda r=ratios: r, rows=48)
 
 
-def exact_part() -> None:
-    """The frontier of the enumerable toy: every policy exactly, and controls fitted on samples."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from oracles.natural import in_rounds, natural_gradient
-    from oracles.toy import Toy
-
-    out = {}
-    lams = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0)
-    for size in (16, 4):
-        for seed in range(3):
-            toy = Toy(seed=seed, hidden_size=size)
-            start = toy.evaluate(toy.base).reward
-            exact, states = natural_gradient(toy), toy.states.double()
-
-            def rows(policies: list[torch.Tensor], toy: Any = toy) -> list[dict[str, float]]:
-                found = [toy.evaluate(policy) for policy in policies]
-                return [{"kl": o.kl, "reward": o.reward, "share": toy.share_of_optimum(o)} for o in found]
-
-            def edited(control: Any, toy: Any = toy) -> list[torch.Tensor]:
-                return [toy.logprobs(control.but(strength=lam).edit(toy.states)) for lam in lams]
-
-            fit = NaturalControlConfig(lr=3e-3, rollouts=8192)
-            many = dataclasses.replace(fit, rounds=3, rollouts=4096, round_kl=0.15)
-            prompts = [toy.prompt] * 4
-            once = NaturalControl.learn(toy.lm, prompts, toy.reward, toy.sampling, fit, toy.rollouts(8192, seed=1))
-            thrice = NaturalControl.learn(toy.lm, prompts, toy.reward, toy.sampling, many)
-            out[f"d={size} seed={seed}"] = {
-                "base": start,
-                "soft optimum": rows([toy.soft_optimal(lam) for lam in lams]),
-                "controlled decoding": rows([toy.controlled_decoding(lam) for lam in lams]),
-                "natural control": rows([toy.logprobs(states + lam * exact) for lam in lams]),
-                "natural control, 8 rounds": rows([toy.logprobs(in_rounds(toy, lam, 8)) for lam in lams]),
-                "fitted": rows(edited(once)),
-                "fitted, 3 rounds": rows(edited(thrice)),
-                "re-control": rows(
-                    [
-                        toy.logprobs(toy.states + exact_value(toy).ascend(toy.states, a, n))
-                        for a, n in (
-                            (0.02, 10),
-                            (0.05, 10),
-                            (0.1, 10),
-                            (0.25, 10),
-                            (0.5, 10),
-                            (1, 10),
-                            (1, 20),
-                            (1, 40),
-                        )
-                    ]
-                ),
-            }
-            print(f"exact: d={size} seed={seed}", flush=True)
-    write_atomic(RUNS / "exact.json", dump_json(out))
-
-
-def exact_value(toy: Any) -> Any:
-    """RE-Control's V, fitted to the exact value of every prefix."""
-    from trimtab.steer.value import ValueNetwork
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        value = ValueNetwork(toy.states.shape[1], 64)
-    exact, optimiser = toy.values()[1].float(), torch.optim.Adam(value.parameters(), 3e-3)
-    for _ in range(1500):
-        loss = ((value(toy.states) - exact) ** 2).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return value.requires_grad_(False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", metavar="MODEL", default="")
-    parser.add_argument("--part", choices=("main", "ablation", "several", "speed", "exact"), default="main")
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--part", choices=("main", "ablation", "several", "speed"), default="main")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rollouts", type=int, default=9600)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
-    if arguments.part == "exact":
-        return exact_part()
     study = Study.of(arguments.model)
     for seed in arguments.seeds:
         if arguments.part == "main":

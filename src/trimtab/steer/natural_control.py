@@ -75,9 +75,9 @@ class NaturalControlConfig:
     # rounds: each is fitted on rollouts of the policy the rounds before it made
     rounds: int = 1
     # nats per token that each round but the last moves the policy by before the next one starts
-    round_kl: float = 0.05
-    # lambda of the advantage estimate: 0 trusts the value network, 1 the sampled reward
-    lambda_advantage: float = 0.5
+    round_kl: float = 0.03
+    # lambda of the advantage estimate: 1 uses V as a baseline alone, less trusts V for what comes after the next tokens
+    lambda_advantage: float = 1.0
     # lambda of the value network's targets
     lambda_value: float = 0.95
     # width H of both networks; 0 means the model's hidden size, at least 128
@@ -101,7 +101,7 @@ class NaturalControlConfig:
     # hook: an edit of the final hidden state; block: one more transformer block, saved as a plain checkpoint
     form: Literal["hook", "block"] = "hook"
     # form=block: the strength that the block is fitted for (its dial is exact there, first order elsewhere)
-    block_strength: float = 8.0
+    block_strength: float = 3.0
 
     def __post_init__(self) -> None:
         strength = self.strength or 0.0
@@ -141,7 +141,7 @@ class NaturalControl(Controller):
 
     slug = "natural-control"
     Config = NaturalControlConfig
-    DIAL, START = "strength", 8.0
+    DIAL, START = "strength", 2.0
     DECODE = ("strength", "kl_target", "kl_cap")
 
     def __init__(
