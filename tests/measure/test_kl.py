@@ -1,4 +1,4 @@
-"""Divergence from logits, and the bound for best-of-n."""
+"""Divergence of distributions, and the bound for best-of-n."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
+from trimtab.divergence import kl_between
 from trimtab.errors import UsageError
-from trimtab.measure import best_of_n_bound, kl_from_logits
+from trimtab.measure import best_of_n_bound
 
 
 def test_bound() -> None:
@@ -29,17 +30,14 @@ def test_bound_is_the_divergence_where_nothing_ties() -> None:
 
 
 def test_kl_equals_scipy() -> None:
-    p, q = (torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(s)) * 3 for s in (0, 1))
+    p, q = (torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(s)).mul(3).log_softmax(-1) for s in (0, 1))
     expected = rel_entr(softmax(p.double().numpy(), -1), softmax(q.double().numpy(), -1)).sum(-1)
-    np.testing.assert_allclose(kl_from_logits(p, q), expected, atol=1e-5)
-    assert torch.equal(kl_from_logits(p, p), torch.zeros(3, 5))
-    assert torch.allclose(kl_from_logits(p, p + 5), torch.zeros(3, 5), atol=1e-6)
+    np.testing.assert_allclose(kl_between(p, q), expected, atol=1e-5)
+    assert torch.equal(kl_between(p, p), torch.zeros(3, 5))
 
 
-def test_excluded_tokens() -> None:
-    half, whole = torch.tensor([0.0, -torch.inf]), torch.tensor([0.0, 0.0])
-    assert kl_from_logits(half, whole).item() == pytest.approx(math.log(2))
-    assert kl_from_logits(whole, half).item() == math.inf
-    assert kl_from_logits(half, half).item() == 0.0
-    with pytest.raises(UsageError, match="cannot be compared"):
-        kl_from_logits(half, torch.zeros(3))
+def test_tokens_of_probability_zero_add_nothing() -> None:
+    half, whole = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.5, 0.5]).log()
+    assert kl_between(half, whole).item() == pytest.approx(math.log(2))
+    assert kl_between(whole, half).item() == math.inf
+    assert kl_between(half, half).item() == 0.0

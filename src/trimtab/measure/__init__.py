@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trimtab.measure.coherence import Embedder, coherence, load_embedder
 from trimtab.measure.diversity import Diversity, distinct, diversity, mean_diversity, words
-from trimtab.measure.kl import best_of_n_bound, kl_from_logits
+from trimtab.measure.kl import best_of_n_bound
 from trimtab.measure.length import LengthCorrelation, length_correlation
 from trimtab.measure.stats import (
     Interval,
@@ -29,7 +29,6 @@ __all__ = [
     "distinct",
     "diversity",
     "holm",
-    "kl_from_logits",
     "length_correlation",
     "load_embedder",
     "mean_diversity",
