@@ -7,7 +7,8 @@ a pipeline, an evaluation harness, a trainer. Controls that edit inside the bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,6 +82,7 @@ class Control:
         refuse_unsteerable(model, self.name)
         self.check(model)
         with ExitStack() as stack:
+            stack.enter_context(_generate_guarded(model, self.name))
             for handle in self.hooks(model, positions):
                 stack.callback(handle.remove)
             yield model
@@ -153,8 +155,40 @@ def refuse_unsteerable(model: Any, name: str) -> None:
         raise UsageError(f"{name} cannot steer a torch.compile'd model: attach it to the model before compiling")
     if not hasattr(model, "get_output_embeddings"):
         raise UsageError(f"{name} needs a transformers causal language model, not {type(model).__name__}")
-    config = getattr(model, "generation_config", None)
-    if (getattr(config, "num_beams", None) or 1) > 1:
+    _refuse_decoding(name, getattr(model, "generation_config", None), {})
+
+
+def _refuse_decoding(name: str, config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse beam search and assisted decoding, set in a generation config or given to `generate`."""
+    if (given.get("num_beams", getattr(config, "num_beams", None)) or 1) > 1:
         raise UsageError(
             f"{name} does not steer beam search (scores of edited and unedited beams mix): set num_beams=1"
         )
+    if given.get("assistant_model") is not None or given.get("prompt_lookup_num_tokens"):
+        raise UsageError(
+            f"{name} does not steer assisted decoding (the drafts are not steered): leave the assistant out"
+        )
+
+
+@contextmanager
+def _generate_guarded(model: Any, name: str) -> Iterator[None]:
+    """While attached, `model.generate` refuses what cannot be steered before it draws a token."""
+    plain = getattr(model, "generate", None)
+    if plain is None:
+        yield
+        return
+    before = model.__dict__.get("generate")
+
+    @functools.wraps(plain)
+    def generate(*arguments: Any, **given: Any) -> Any:
+        _refuse_decoding(name, given.get("generation_config") or getattr(model, "generation_config", None), given)
+        return plain(*arguments, **given)
+
+    model.__dict__["generate"] = generate
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.__dict__["generate"]
+        else:
+            model.__dict__["generate"] = before

@@ -278,6 +278,20 @@ def test_one_row_of_a_padded_batch_is_steered_as_alone(llama: LM) -> None:
         assert row[: len(tokens)] == tokens
 
 
+def test_beam_search_and_assistants_given_to_generate_are_refused() -> None:
+    lm = tiny_lm("llama")
+    ids = torch.tensor([[3, 4, 5]])
+    with Push(32).attached(lm.model):
+        with pytest.raises(UsageError, match="beam search"):
+            lm.model.generate(ids, num_beams=2, max_new_tokens=2)
+        with pytest.raises(UsageError, match="assisted"):
+            lm.model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=2)
+        with Push(32).attached(lm.model):
+            lm.model.generate(ids, max_new_tokens=2)
+    assert "generate" not in lm.model.__dict__
+    lm.model.generate(ids, num_beams=2, max_new_tokens=2)
+
+
 def test_beam_search_is_refused() -> None:
     lm = tiny_lm()
     lm.model.generation_config.num_beams = 4

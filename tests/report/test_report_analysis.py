@@ -83,7 +83,9 @@ def rows(policy: str, scores: list[list[float | None]], key: str = "reward") -> 
 def test_paired_difference_is_that_of_the_table() -> None:
     pairs = pair_rows([*rows("base", [[0, 0], [0]]), *rows("m", [[1, 1], [4]])], "base", "m")
     found = paired_difference(pairs, "reward")
-    assert found is not None and found.mean == 2.0  # (1 + 1 + 4) / 3: rows are pooled, prompts are the clusters of the interval
+    assert (
+        found is not None and found.mean == 2.0
+    )  # (1 + 1 + 4) / 3: rows are pooled, prompts are the clusters of the interval
     assert paired_difference([], "reward") is None
 
 

@@ -128,8 +128,11 @@ class Controller(Control):
             return self
         tuned = tune(lm, self.but(**{self.DIAL: self.START}), self.config.kl_target, prompts, sampling, progress)
         out: Self = tuned.controller
+        missed = abs(tuned.kl / self.config.kl_target - 1) > 0.05
+        note = f"kl_target={self.config.kl_target:g} was met only to {tuned.kl:.3g}: KL jumps with the strength there"
         out.origin = dataclasses.replace(
             self.origin,
+            warnings=[*self.origin.warnings, note] if missed else self.origin.warnings,
             metrics={**self.origin.metrics, "calibration_kl_per_token": tuned.kl},
             fit_seconds=self.origin.fit_seconds + tuned.cost.seconds,
             fit_tokens=self.origin.fit_tokens + tuned.cost.tokens_forwarded,

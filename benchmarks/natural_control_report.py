@@ -1,0 +1,300 @@
+"""From the measured points of natural_control.py to benchmarks/results, and from there to the tables and figures of the docs.
+
+    python benchmarks/natural_control_report.py
+
+Points found in runs/natural-control are first gathered into benchmarks/results/natural-control-*.json (committed, small);
+tables are written into docs/natural-control.md between `<!-- table NAME -->` and `<!-- end -->`, figures into docs/figures.
+Intervals are 95 %: over seeds with Student's t (each seed has its own rollouts, fit and answers, on the same prompts), over
+prompts with the bootstrap of trimtab.measure.stats on the mean of all seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from natural_control_figures import ablation_figure, curves_figure, exact_figure
+from scipy.stats import t
+
+from trimtab.files import dump_json, write_atomic
+from trimtab.measure.stats import mean_interval
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS, RESULTS, DOC = (
+    ROOT / "runs" / "natural-control",
+    ROOT / "benchmarks" / "results",
+    ROOT / "docs" / "natural-control.md",
+)
+FIGURES = ROOT / "docs" / "figures"
+Seeds = dict[str, dict[str, Any]]  # seed -> name of a point -> what was measured
+
+
+def gather() -> None:
+    """Every part of every model in one file each; per-prompt means become intervals."""
+    for folder in sorted(RUNS.glob("*/")):
+        for part in ("main", "ablation", "several", "speed"):
+            seeds: Seeds = {
+                f.stem.rsplit("-", 1)[1]: json.loads(f.read_text()) for f in sorted(folder.glob(f"{part}-*.json"))
+            }
+            if not seeds:
+                continue
+            over_prompts: dict[str, Any] = {}
+            names = {name for points in seeds.values() for name in points}
+            for name in sorted(names):
+                for key in ("reward_by_prompt", "gold_by_prompt"):
+                    rows = [points[name].pop(key) for points in seeds.values() if key in points.get(name, {})]
+                    if rows and part == "main":
+                        found = mean_interval(np.nanmean(np.array(rows, dtype=float), 0))
+                        over_prompts.setdefault(name, {})[key.removesuffix("_by_prompt")] = [found.low, found.high]
+                for points in seeds.values():
+                    points.get(name, {}).pop("second_by_prompt", None)
+            rounded = {
+                seed: {name: _rounded(point) for name, point in points.items()} for seed, points in seeds.items()
+            }
+            write_atomic(
+                RESULTS / f"natural-control-{folder.name}-{part}.json",
+                dump_json({"seeds": rounded, "over_prompts": over_prompts}),
+            )
+
+
+def _rounded(point: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in point.items()}
+
+
+def load(model: str, part: str) -> dict[str, Any] | None:
+    file = RESULTS / f"natural-control-{model}-{part}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half width of the t-interval; None for one seed."""
+    array = np.array(values, dtype=float)
+    if len(array) < 2:
+        return float(array.mean()), None
+    return float(array.mean()), float(t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
+
+
+def show(values: Sequence[float], digits: int = 3) -> str:
+    mean, half = over_seeds(values)
+    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def at_reward(points: dict[str, Any], family: str, reward: float, key: str, judge: str = "reward") -> float | None:
+    """A family's `key` where it reaches a reward, interpolated along the dial; log-linear for KL. None: not reached."""
+    chosen = [p for p in points.values() if p["family"] == family] + [
+        p for p in points.values() if p["family"] == "base"
+    ]
+    chosen = sorted(chosen, key=lambda p: p["kl"])
+    for a, b in zip(chosen, chosen[1:], strict=False):  # the first crossing
+        if a[judge] <= reward <= b[judge] and b[judge] > a[judge]:
+            share = (reward - a[judge]) / (b[judge] - a[judge])
+            if key != "kl":
+                return a[key] + share * (b[key] - a[key])
+            if a["kl"] == 0:  # towards the base the gain goes with the root of KL
+                return b["kl"] * share**2
+            return math.exp(math.log(a["kl"]) + share * math.log(b["kl"] / a["kl"]))
+    return None
+
+
+def compared(
+    seeds: Seeds,
+    first: str,
+    second: str,
+    reward: float,
+    key: str,
+    join: Callable[[float, float], float],
+    judge: str = "reward",
+) -> list[float] | None:
+    """join(key of first, key of second) at equal reward, a seed each; None where a seed's sweep does not reach it."""
+    pairs = [tuple(at_reward(points, f, reward, key, judge) for f in (first, second)) for points in seeds.values()]
+    if any(value is None for pair in pairs for value in pair):
+        return None
+    return [join(a, b) for a, b in pairs]  # type: ignore[arg-type]
+
+
+def ratio_text(logs: list[float] | None) -> str:
+    if logs is None:
+        return "not reached"
+    mean, half = over_seeds(logs)
+    if half is None:
+        return f"{math.exp(mean):.1f}"
+    return f"{math.exp(mean):.1f} [{math.exp(mean - half):.1f}, {math.exp(mean + half):.1f}]"
+
+
+def main_table(data: dict[str, Any]) -> str:
+    seeds: Seeds = data["seeds"]
+    names = list(next(iter(seeds.values())))
+    has_gold = any("gold" in point for point in seeds[next(iter(seeds))].values())
+    header = [
+        "policy",
+        "reward",
+        "over prompts",
+        *(["gold"] if has_gold else []),
+        "KL/token",
+        "NLL under base",
+        "diversity",
+    ]
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    dials = {name: [points[name].get("dial") for points in seeds.values() if name in points] for name in names}
+    order: dict[str, list[list[dict[str, Any]]]] = {}
+    labels = _rows_by_position(seeds)
+    del dials, order
+    for label, points in labels:
+        if len(points) < 2 < len(seeds):
+            label += f" ({len(points)} seed{'s' * (len(points) > 1)})"
+        first = points[0]
+        prompts = data["over_prompts"].get(label, {}).get("reward")
+        cells = [label, show([p["reward"] for p in points]), f"[{prompts[0]:.3f}, {prompts[1]:.3f}]" if prompts else ""]
+        if has_gold:
+            cells.append(show([p["gold"] for p in points]))
+        if first["kl"] is None:
+            cells.append(f"≤ {first['kl_bound'] / np.mean([p['length'] for p in points]):.3f}")
+        else:
+            cells.append(show([p["kl"] for p in points]))
+        cells += [show([p["nll"] for p in points]), show([p["diversity"] for p in points], 4)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _rows_by_position(seeds: Seeds) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Points that belong together: the same place in a family's sweep (tuned dials differ a little between seeds)."""
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    labels: dict[tuple[str, int], set[str]] = {}
+    for points in seeds.values():
+        place: dict[str, int] = {}
+        for name, point in points.items():
+            at = (point["family"], place.get(point["family"], 0))
+            place[point["family"]] = at[1] + 1
+            rows.setdefault(at, []).append(point)
+            labels.setdefault(at, set()).add(name)
+    out = []
+    for (family, number), points_here in rows.items():
+        names = labels[family, number]
+        out.append((names.pop() if len(names) == 1 else f"{family}, dial {number + 1}", points_here))
+    return out
+
+
+def ratio_table(seeds: Seeds, rewards: Sequence[float], judge: str = "reward") -> str:
+    """KL of the others over that of natural control, at equal reward."""
+    others = [
+        f for f in ("re-control", "re-control mc", "pref-ctrl") if any(p["family"] == f for p in seeds["0"].values())
+    ]
+    ours = ("natural-control", "extra-block", "2 rounds")
+    rows = [
+        "| at " + judge + " | " + " | ".join(f"{other} / {own}" for own in ours[:1] for other in others)
+        + " | re-control / 2 rounds | diversity: natural control − RE-Control |",
+        "|---|" + "---|" * (len(others) + 2),
+    ]  # fmt: skip
+    for reward in rewards:
+        cells = [f"{reward:g}"]
+        for own, their in [("natural-control", other) for other in others] + [("2 rounds", "re-control")]:
+            cells.append(ratio_text(compared(seeds, their, own, reward, "kl", lambda a, b: math.log(a / b), judge)))
+        gap = compared(seeds, "natural-control", "re-control", reward, "diversity", lambda a, b: a - b, judge)
+        cells.append("not reached" if gap is None else show(gap, 4))
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def ablation_table(data: dict[str, Any]) -> tuple[str, list[tuple[str, str, list[float]]]]:
+    """Reward at KL 0.06 nats a token by variant, and the rows for the figure."""
+    variants: dict[str, str] = {}
+    rewards: dict[str, list[float]] = {}
+    for points in data["seeds"].values():
+        for point in points.values():
+            variants[point["variant"]] = point["option"]
+        for variant in variants:
+            mine = sorted((p for p in points.values() if p["variant"] == variant), key=lambda p: p["kl"])
+            if len(mine) == 3:
+                x, y = [math.log(p["kl"]) for p in mine], [p["reward"] for p in mine]
+                rewards.setdefault(variant, []).append(float(np.interp(math.log(0.06), x, y)))
+    lines = ["| variant | reward at 0.06 nats a token |", "|---|---|"]
+    figure = []
+    for variant, option in variants.items():
+        if variant in rewards:
+            lines.append(f"| {variant} | {show(rewards[variant])} |")
+            figure.append((variant, option, rewards[variant]))
+    return "\n".join(lines), figure
+
+
+def speed_table(data: dict[str, Any]) -> str:
+    rows = ["| policy | time of plain sampling (wall) | (CPU) |", "|---|---|---|"]
+    for name in next(iter(data["seeds"].values())):
+        runs = [points[name] for points in data["seeds"].values() if name in points]
+        rows.append(
+            f"| {name} | {np.mean([r['wall_ratio'] for r in runs]):.3f}x | {np.mean([r['cpu_ratio'] for r in runs]):.3f}x |"
+        )
+    return "\n".join(rows)
+
+
+def several_table(data: dict[str, Any]) -> str:
+    rows = ["| weights | sentiment | stories with an animal | KL/token | diversity |", "|---|---|---|---|---|"]
+    for name in next(iter(data["seeds"].values())):
+        runs = [points[name] for points in data["seeds"].values() if name in points]
+        cells = [
+            show([r[key] for r in runs], digits)
+            for key, digits in (("reward", 3), ("second", 3), ("kl", 3), ("diversity", 4))
+        ]
+        rows.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(rows)
+
+
+def exact_table(data: dict[str, Any]) -> str:
+    """Share of the largest possible gain, for KL between 0.1 and 4 nats an answer: lowest and highest over three models."""
+    rows = ["| policy | d = 16 | d = 4 (< V - 1 = 5) |", "|---|---|---|"]
+    for name in [key for key in next(iter(data.values())) if key not in ("base", "soft optimum")]:
+        cells = []
+        for size in (16, 4):
+            runs = [points for key, points in data.items() if key.startswith(f"d={size} ")]
+            shares = [row["share"] for run in runs for row in run[name] if 0.1 <= row["kl"] <= 4]
+            cells.append(f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def fill(name: str, table: str) -> None:
+    """Put a table between its marks in the docs."""
+    text, start, end = DOC.read_text(), f"<!-- table {name} -->", "<!-- end -->"
+    if start not in text:
+        print(f"docs have no place for the table {name!r}")
+        return
+    before, rest = text.split(start, 1)
+    after = rest.split(end, 1)[1]
+    write_atomic(DOC, f"{before}{start}\n\n{table}\n\n{end}{after}")
+
+
+def main() -> None:
+    RESULTS.mkdir(exist_ok=True)
+    FIGURES.mkdir(exist_ok=True)
+    gather()
+    for model, rewards in (("stories260k", (0.6, 0.7, 0.8, 0.85, 0.9)), ("pocket-base", (1.0, 1.5, 2.0, 2.5, 3.0))):
+        data = load(model, "main")
+        if data is not None:
+            fill(f"main {model}", main_table(data))
+            fill(f"ratio {model}", ratio_table(data["seeds"], rewards))
+            write_atomic(FIGURES / f"natural-control-{model}.svg", curves_figure(data["seeds"], "reward"))
+            write_atomic(FIGURES / f"natural-control-{model}-diversity.svg", curves_figure(data["seeds"], "diversity"))
+            if model == "pocket-base":
+                fill(f"gold {model}", ratio_table(data["seeds"], (0.5, 0.6, 0.7), "gold"))
+                write_atomic(FIGURES / f"natural-control-{model}-gold.svg", curves_figure(data["seeds"], "gold"))
+        ablation, speed, several = (load(model, part) for part in ("ablation", "speed", "several"))
+        if ablation is not None:
+            table, rows = ablation_table(ablation)
+            fill(f"ablation {model}", table)
+            write_atomic(FIGURES / f"natural-control-{model}-ablation.svg", ablation_figure(rows))
+        if speed is not None:
+            fill(f"speed {model}", speed_table(speed))
+        if several is not None:
+            fill(f"several {model}", several_table(several))
+    exact = RESULTS / "natural-control-exact.json"
+    if exact.exists():
+        data = json.loads(exact.read_text())
+        fill("exact", exact_table(data))
+        write_atomic(FIGURES / "natural-control-exact.svg", exact_figure(data))
+
+
+if __name__ == "__main__":
+    main()
