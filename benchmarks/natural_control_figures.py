@@ -44,10 +44,14 @@ def style(families: Sequence[str]) -> str:
     common = (
         "text{font:13px system-ui,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif;fill:#191b20}"
         ".tick,.axis-title{font-size:12px;fill:#5d626c}.strong{font-weight:600}.grid{stroke:#e3e3de;fill:none}"
-        ".axis,.zero{stroke:#8b909a;fill:none}.zero{stroke-dasharray:2 3}.line{fill:none;stroke-width:2.2;stroke-linejoin:round}"
+        ".axis,.zero{stroke:#8b909a;fill:none}.zero{stroke-dasharray:2 3}"
+        ".line{fill:none;stroke-width:2.2;stroke-linejoin:round}"
         ".ground{fill:#fff}.whisker{stroke-width:1.4;fill:none;opacity:.65}"
     )
-    dark = "text{fill:#e9eaec}.tick,.axis-title{fill:#a4a9b3}.grid{stroke:#31363e}.axis,.zero{stroke:#7d838e}.ground{fill:#1b1e23}"
+    dark = (
+        "text{fill:#e9eaec}.tick,.axis-title{fill:#a4a9b3}.grid{stroke:#31363e}"
+        ".axis,.zero{stroke:#7d838e}.ground{fill:#1b1e23}"
+    )
     for family in families:
         _, light, night, dash = STYLE[family]
         name = slug(family)

@@ -8,23 +8,26 @@ the rows of an uninterrupted one.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimtab.divergence import divergences
+from trimtab.divergence import divergences, same_tokens
 from trimtab.environment import environment
 from trimtab.errors import UsageError
 from trimtab.files import dump_json
 from trimtab.lm import LM
 from trimtab.memory import peak_memory
-from trimtab.policies import Built, Workshop, check_policy
+from trimtab.policies import Built, Workshop, check_policy, input_digest
 from trimtab.policy import Completions, Policy, Prompt, prompt_text
 from trimtab.rewards import as_reward, parse_reward
 from trimtab.run import RunDirectory
 from trimtab.sampling import Sampling, derive_seed
+from trimtab.steer.controller import Controller, Origin
 from trimtab.steer.rollouts import Progress
 from trimtab.table import Measured, policy_record
 
@@ -69,15 +72,32 @@ def compare(
     first = base or policies[0]
     if not isinstance(first, LM):
         raise UsageError("the first policy must be the base model (an LM), or give base=")
-    named = [policy.name for policy in policies]
+    others = policies[1:] if base is None else [policy for policy in policies if policy is not base]
+    named = ["base", *(policy.name for policy in others)]
     if len(set(named)) < len(named):
         raise UsageError(f"policies need different names, not {named}")
-    built = [Built(policy.name, policy.name, policy, kl_bound=getattr(policy, "kl_bound", None)) for policy in policies]
-    built = [Built("base", "base", first), *(one for one in built if one.policy is not first)]
+    built = [Built("base", "base", first), *(_given(policy, first) for policy in others)]
     setting = Setting(
         first, prompts, as_reward(reward), None if gold is None else as_reward(gold), sampling, None, progress
     )
     return _summary(setting, [measure(setting, one, number) for number, one in enumerate(built)])
+
+
+def _given(policy: Policy, base: LM) -> Built:
+    """A policy made in Python as a row. A bound is on the KL from the policy it draws from: it holds if that is the base."""
+    below = getattr(policy, "policy", None)
+    control = getattr(below or policy, "control", None)
+    made = control.origin if isinstance(control, Controller) else Origin()
+    config = getattr(policy, "config", None) or getattr(control, "config", None)
+    return Built(
+        policy.name,
+        getattr(policy, "slug", "given"),
+        policy,
+        dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else {},
+        fit_seconds=made.fit_seconds,
+        fit_tokens=made.fit_tokens,
+        kl_bound=getattr(policy, "kl_bound", None) if below is base else None,
+    )
 
 
 def run_compare(
@@ -117,6 +137,7 @@ def run_compare(
         "temperature": temperature, "seed": seed, "samples": samples, "sweep": sweep, "coherence": coherence,
     }  # fmt: skip
     inputs = {"model": lm.fingerprint, "reward": proxy.fingerprint, "gold": truth.fingerprint if truth else ""}
+    inputs |= {spec: found for spec in policies if (found := input_digest(spec))}
     with RunDirectory.open(out, "compare", arguments, inputs) as run:
         setting = Setting(lm, prompts, proxy, truth, sampling, run, progress)
         setting.families = _families(prompts)
@@ -203,12 +224,11 @@ def _against_base(
 ) -> tuple[list[float | None], list[float | None], dict[int, dict[str, Any]]]:
     """Per answer the mean KL a token (None where the policy has only a bound) and NLL a token; traces of a few."""
     base, sampling = setting.base, setting.sampling
-    same = getattr(built.policy, "vocab_size", base.vocab_size) == base.vocab_size
     traces: dict[int, dict[str, Any]] = {}
     if built.family == "base":
         logprobs = base.score(answers.prompts, answers.tokens)
         return [0.0] * len(answers), [_mean(-one) for one in logprobs], traces
-    if not same:  # another tokenizer: its answers are judged as text alone
+    if not same_tokens(built.policy, base):  # another tokenizer: its answers are judged as text alone
         return [None] * len(answers), [None] * len(answers), traces
     if not hasattr(built.policy, "token_logprobs"):
         logprobs = base.score(answers.prompts, answers.tokens)
@@ -220,7 +240,7 @@ def _against_base(
         for row, hidden in zip(wanted, states, strict=True):
             signals = built.controller.trace(hidden) if built.controller.final else {}
             traces[row] = {
-                "pieces": [base.decode([token]) for token in answers.tokens[row]],
+                "pieces": pieces(base, answers.tokens[row]),
                 "value_before": None,
                 "value_after": None,
                 "edit_norm": None,
@@ -228,6 +248,21 @@ def _against_base(
                 "kl": [round(float(x), 6) for x in found[row].kl],
             }
     return [_mean(one.kl) for one in found], [_mean(-one.base_logprobs) for one in found], traces
+
+
+def pieces(lm: LM, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds to the answer: together they are the decoded answer, white space and all.
+
+    A token on its own decodes otherwise (without its leading space, or to half a character, which here goes to the
+    token that completes it).
+    """
+    whole = lm.decode(tokens)
+    out, at = [], 0
+    for end in range(1, len(tokens)):
+        reached = max(at, len(os.path.commonprefix([lm.decode(tokens[:end]), whole])))
+        out.append(whole[at:reached])
+        at = reached
+    return [*out, whole[at:]] if tokens else []
 
 
 def _sweep(setting: Setting, measured: Sequence[Measured]) -> dict[str, Any]:

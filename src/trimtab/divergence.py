@@ -41,7 +41,7 @@ def divergences(
 ) -> list[Divergence]:
     """The divergence of each given answer of `policy` from `base`, both at `sampling.temperature`.
 
-    policy: an `LM` with the base's vocabulary, or `Steered`. A policy without next-token distributions of its own
+    policy: an `LM` with the base's tokens, or `Steered`. A policy without next-token distributions of its own
     (best-of-n) is refused.
     """
     if not hasattr(policy, "token_logprobs"):
@@ -55,11 +55,7 @@ def divergences(
             kl = kl_between(softmax.logprobs(base.head(edited)), softmax.logprobs(logits))
             out.append(Divergence(kl.cpu(), _picked(logits.log_softmax(-1), answer)))
         return out
-    if (
-        isinstance(policy, Steered)
-        and policy.lm.vocab_size != base.vocab_size
-        or getattr(policy, "vocab_size", base.vocab_size) != base.vocab_size
-    ):
+    if not same_tokens(policy, base):
         raise UsageError(f"{policy.name} and {base.name} have different vocabularies: their KL is not defined")
     ours = policy.token_logprobs(prompts, tokens, softmax)
     for states, logprobs, answer in zip(base.hidden_states(prompts, tokens), ours, tokens, strict=True):
@@ -67,6 +63,21 @@ def divergences(
         kl = kl_between(logprobs, softmax.logprobs(logits))
         out.append(Divergence(kl.cpu(), _picked(logits.log_softmax(-1), answer)))
     return out
+
+
+def same_tokens(policy: Any, base: LM) -> bool:
+    """Whether a policy's token ids mean to `base` what they mean to it; of a policy without a known model: no.
+
+    A policy says whose tokens it draws by `lm` (the model) or `policy` (the one it draws from). Equal numbers of tokens
+    are not enough: two vocabularies of 32,000 may share none.
+    """
+    while not hasattr(policy, "tokenizer"):
+        policy = getattr(policy, "lm", None) or getattr(policy, "policy", None)
+        if policy is None:
+            return False
+    if policy is base:
+        return True
+    return policy.vocab_size == base.vocab_size and policy.tokenizer.get_vocab() == base.tokenizer.get_vocab()
 
 
 def _picked(logprobs: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:

@@ -15,7 +15,8 @@ from typing import Any
 
 from trimtab import catalogue
 from trimtab.errors import UsageError, unknown
-from trimtab.lm import LM
+from trimtab.files import digest
+from trimtab.lm import LM, local_folder
 from trimtab.policy import Policy, Prompt
 from trimtab.rewards import as_reward
 from trimtab.run import RunDirectory
@@ -25,7 +26,19 @@ from trimtab.steer import load_controller
 from trimtab.steer.controller import Controller
 from trimtab.steer.rollouts import Progress, Rollouts, collect
 
-OTHERS = ("base", "model")
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The model itself has no options."""
+
+
+@dataclass(frozen=True)
+class OtherModelConfig:
+    # pocket/NAME, a folder or a Hub id
+    path: str
+
+
+OTHERS: dict[str, type[Any]] = {"base": BaseConfig, "model": OtherModelConfig}
 
 
 @dataclass
@@ -58,13 +71,9 @@ class Workshop:
     def build(self, spec: str) -> Built:
         """The policy that `NAME[:key=value,...]` names. Unknown names and keys raise `UsageError`."""
         slug, options = parse_spec(spec)
-        if slug == "base":
-            return Built(spec, "base", self.lm)
-        if slug == "model":
-            if set(options) != {"path"}:
-                raise UsageError(f"{spec!r}: write model:path=FOLDER")
-            other = LM.load(options["path"])
-            return Built(spec, "model", other, {"path": options["path"]})
+        if slug in OTHERS:
+            chosen = _plain(build(OTHERS[slug], options, f"policy {slug!r}"))
+            return Built(spec, slug, self.lm if slug == "base" else LM.load(chosen["path"]), chosen)
         cls = catalogue.method(slug)
         if not issubclass(cls, Controller):
             config: Any = build(cls.Config, options, f"policy {slug!r}")
@@ -132,6 +141,9 @@ def check_policy(spec: str, lm: LM | None = None) -> None:
     """Refuse an unknown policy, key or value, and a saved controller of another model, before any work is done."""
     slug, options = parse_spec(spec)
     if slug in OTHERS:
+        chosen = build(OTHERS[slug], options, f"policy {slug!r}")
+        if isinstance(chosen, OtherModelConfig):
+            local_folder(chosen.path)
         return
     known = [*catalogue.slugs(), *OTHERS]
     if slug not in known:
@@ -142,6 +154,15 @@ def check_policy(spec: str, lm: LM | None = None) -> None:
             saved_controller(cls, options.pop("controller"), options, lm)
         return
     build(cls.Config, options, f"policy {slug!r}")
+
+
+def input_digest(spec: str) -> str | None:
+    """SHA-256 of the folder that a policy is read from, so that a resumed run notices another one; None: no folder."""
+    slug, options = parse_spec(spec)
+    if "controller" in options:
+        return digest(options["controller"])
+    folder = local_folder(options["path"]) if slug == "model" else None
+    return None if folder is None else digest(folder)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from trimtab import __version__
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         try:
-            _dispatch(verb, words[1:])
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn  # type: ignore[assignment]
+                _dispatch(verb, words[1:])
         finally:
             sys.stdout.flush()
     except UsageError as error:
@@ -83,6 +86,11 @@ def _dispatch(verb: str, words: list[str]) -> None:
         raise unknown("option", verb, ("--help", "--version"))
     else:
         raise unknown("verb", verb, VERBS)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """A warning as one line, without the path and the source line that Python puts around it."""
+    print(f"trimtab: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _end(code: int, message: str) -> int:

@@ -10,7 +10,7 @@ from trimtab.cli.compare import compare_and_print
 from trimtab.cli.output import check_json
 
 POLICIES = ("best-of-n:n=8", "static-re", "re-control", "pref-ctrl", "natural-control")
-TEST_PROMPTS, FIT_PROMPTS = 48, 256
+TEST_PROMPTS, FIT_PROMPTS, SAMPLES = 64, 256, 2
 EXAMPLES = """\
   trimtab quickstart
   trimtab quickstart --out runs/first --json first.json"""
@@ -46,5 +46,5 @@ def settings() -> dict[str, Any]:
         "max_new_tokens": 48,
         "temperature": 1.0,
         "seed": 0,
-        "samples": 1,
+        "samples": SAMPLES,
     }
