@@ -156,7 +156,8 @@ def main_part(study: Study, seed: int, rollouts: int, most_rounds: int) -> None:
 
     sweep("natural-control", fits(NaturalControl, NaturalControlConfig(rollouts=rollouts, seed=seed)))
     sweep("re-control", fits(ReControl, ReControlConfig(rollouts=rollouts, steps=STEPS, seed=seed)))
-    sweep("re-control mc", fits(ReControl, ReControlConfig(rollouts=rollouts, steps=STEPS, seed=seed, target="mc")))
+    if study.dials:
+        sweep("re-control mc", fits(ReControl, ReControlConfig(rollouts=rollouts, steps=STEPS, seed=seed, target="mc")))
     sweep("pref-ctrl", fits(PrefCtrl, PrefCtrlConfig(rollouts=rollouts, steps=STEPS, seed=seed)))
     block = NaturalControlConfig(rollouts=rollouts, seed=seed, form="block", block_strength=3.0)
     sweep("extra-block", fits(NaturalControl, block))
@@ -172,9 +173,9 @@ def main_part(study: Study, seed: int, rollouts: int, most_rounds: int) -> None:
 
 
 ABLATION: dict[str, tuple[Any, ...]] = {
-    "lambda_advantage": (0.0, 0.5, 0.9, 0.97),
-    "epochs": (1, 3, 25),
-    "width": (32, 64, 256),
+    "lambda_advantage": (0.5, 0.9, 0.97),
+    "epochs": (1, 25),
+    "width": (32, 256),
     "rollouts": (1200, 2400, 4800),
 }
 
@@ -197,10 +198,8 @@ def ablation_part(study: Study, seed: int, rollouts: int) -> None:
         used = first_answers(drawn, config.rollouts)
         network, value, found = fit_round(used, config)
         control = NaturalControl([network], config=config, value=value)
-        with torch.no_grad():
-            square = float(((used.scores * network(used.states)).sum(-1) ** 2).mean())
         for kl in ABLATION_KL:  # KL(s) = s^2 / 2 E[(c.u)^2]
-            policy = control.but(strength=(2 * kl / square) ** 0.5).as_policy(study.lm)
+            policy = control.but(strength=(2 * kl / found["curvature"]) ** 0.5).as_policy(study.lm)
             points.add(f"{name} {kl}", lambda p=policy: study.measure(p, seed), option=key, variant=name, **found)
 
 

@@ -62,8 +62,10 @@ def style(families: Sequence[str]) -> str:
     return f"<style>{common}@media(prefers-color-scheme:dark){{{dark}}}</style>"
 
 
-def curves(seeds: dict[str, dict[str, Any]], judge: str) -> dict[str, list[tuple[float, float, float | None]]]:
-    """family -> (KL, mean, half width over seeds), the sweep's points in order; only what every seed has is an interval."""
+def curves(
+    seeds: dict[str, dict[str, Any]], judge: str, along: str = "kl"
+) -> dict[str, list[tuple[float, float, float | None]]]:
+    """family -> (mean of `along`, mean of `judge`, half width over seeds), the sweep's points in order."""
     rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for points in seeds.values():
         place: dict[str, int] = {}
@@ -80,7 +82,7 @@ def curves(seeds: dict[str, dict[str, Any]], judge: str) -> dict[str, list[tuple
             values = np.array([point[judge] for point in points_here])
             n = len(values)
             half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else None
-            line.append((float(np.mean([point["kl"] for point in points_here])), float(values.mean()), half))
+            line.append((float(np.mean([point[along] for point in points_here])), float(values.mean()), half))
         out[family] = sorted(line)
     return out
 
@@ -92,6 +94,7 @@ def drawn(
     x_title: str,
     y_title: str,
     label: str,
+    dots: bool = True,
 ) -> str:
     """Lines with intervals, a dot a point, and names at the right in an order that does not collide."""
     panel = Panel(x, y)
@@ -102,7 +105,7 @@ def drawn(
         shown = [(a, b, half) for a, b, half in line if x.low <= a <= x.high and y.low <= b <= y.high]
         if len(shown) > 1:
             panel.path([(a, b) for a, b, _ in shown], f"line {name}")
-        for a, b, half in shown:
+        for a, b, half in shown if dots else []:
             if half is not None:
                 low, high = y.at(max(y.low, b - half)), y.at(min(y.high, b + half))
                 panel.parts.append(
@@ -140,6 +143,20 @@ def curves_figure(seeds: dict[str, dict[str, Any]], judge: str) -> str:
     return out.replace("</svg>", mark + "</svg>")
 
 
+def diversity_figure(seeds: dict[str, dict[str, Any]]) -> str:
+    """Diversity against reward: what a reward costs in variety."""
+    lines = curves(seeds, "diversity", "reward")
+    base = lines.pop("base")[0]
+    values = [value for line in lines.values() for _, value, _ in line]
+    x = Scale.nice([base[0], *(reward for line in lines.values() for reward, _, _ in line)], 62.0, WIDTH - 190.0)
+    y = Scale.nice([0.0, base[1], *values], HEIGHT - 54.0, 42.0)
+    out = drawn(
+        {family: [base, *line] for family, line in lines.items()}, x, y, TITLES["reward"] + " →",
+        "↑ " + TITLES["diversity"], "Distinct n-grams against reward",
+    )  # fmt: skip
+    return out.replace("</svg>", text(x.at(base[0]) + 8, y.at(base[1]) - 8, "base") + "</svg>")
+
+
 def exact_figure(data: dict[str, Any]) -> str:
     """Share of the largest possible gain against KL, every model of hidden size 16 a line's worth of points, averaged."""
     runs = [points for key, points in data.items() if key.startswith("d=16 ")]
@@ -159,7 +176,7 @@ def exact_figure(data: dict[str, Any]) -> str:
     lines["re-control"] = []
     out = drawn(
         lines, x, y, "KL of a whole answer, nats →", "↑ % of the largest possible gain at that KL",
-        "Share of the exact optimum's gain: natural control near 100 %, RE-Control between -60 and 80 %",
+        "Share of the exact optimum's gain: natural control near 100 %, RE-Control between -60 and 80 %", dots=False,
     )  # fmt: skip
     dots = "".join(
         element("circle", cx=x.at(kl), cy=y.at(max(-60.0, share)), r=4.0, class_=f"dot {slug('re-control')}")

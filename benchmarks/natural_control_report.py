@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from natural_control_figures import ablation_figure, curves_figure, exact_figure
+from natural_control_figures import ablation_figure, curves_figure, diversity_figure, exact_figure
 from scipy.stats import t
 
 from trimtab.files import dump_json, write_atomic
@@ -127,7 +127,6 @@ def ratio_text(logs: list[float] | None) -> str:
 
 def main_table(data: dict[str, Any]) -> str:
     seeds: Seeds = data["seeds"]
-    names = list(next(iter(seeds.values())))
     has_gold = any("gold" in point for point in seeds[next(iter(seeds))].values())
     header = [
         "policy",
@@ -139,11 +138,7 @@ def main_table(data: dict[str, Any]) -> str:
         "diversity",
     ]
     rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    dials = {name: [points[name].get("dial") for points in seeds.values() if name in points] for name in names}
-    order: dict[str, list[list[dict[str, Any]]]] = {}
-    labels = _rows_by_position(seeds)
-    del dials, order
-    for label, points in labels:
+    for label, points in _rows_by_position(seeds):
         if len(points) < 2 < len(seeds):
             label += f" ({len(points)} seed{'s' * (len(points) > 1)})"
         first = points[0]
@@ -183,9 +178,8 @@ def ratio_table(seeds: Seeds, rewards: Sequence[float], judge: str = "reward") -
     others = [
         f for f in ("re-control", "re-control mc", "pref-ctrl") if any(p["family"] == f for p in seeds["0"].values())
     ]
-    ours = ("natural-control", "extra-block", "2 rounds")
     rows = [
-        "| at " + judge + " | " + " | ".join(f"{other} / {own}" for own in ours[:1] for other in others)
+        "| at " + judge + " | " + " | ".join(f"{other} / natural-control" for other in others)
         + " | re-control / 2 rounds | diversity: natural control − RE-Control |",
         "|---|" + "---|" * (len(others) + 2),
     ]  # fmt: skip
@@ -270,13 +264,16 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     FIGURES.mkdir(exist_ok=True)
     gather()
-    for model, rewards in (("stories260k", (0.6, 0.7, 0.8, 0.85, 0.9)), ("pocket-base", (1.0, 1.5, 2.0, 2.5, 3.0))):
+    for model, rewards in (
+        ("stories260k", (0.5, 0.55, 0.6, 0.65, 0.7, 0.75)),
+        ("pocket-base", (1.0, 1.5, 2.0, 2.5, 3.0)),
+    ):
         data = load(model, "main")
         if data is not None:
             fill(f"main {model}", main_table(data))
             fill(f"ratio {model}", ratio_table(data["seeds"], rewards))
             write_atomic(FIGURES / f"natural-control-{model}.svg", curves_figure(data["seeds"], "reward"))
-            write_atomic(FIGURES / f"natural-control-{model}-diversity.svg", curves_figure(data["seeds"], "diversity"))
+            write_atomic(FIGURES / f"natural-control-{model}-diversity.svg", diversity_figure(data["seeds"]))
             if model == "pocket-base":
                 fill(f"gold {model}", ratio_table(data["seeds"], (0.5, 0.6, 0.7), "gold"))
                 write_atomic(FIGURES / f"natural-control-{model}-gold.svg", curves_figure(data["seeds"], "gold"))

@@ -223,6 +223,39 @@ def test_contents_land_in_the_run_directory_json_last(tmp_path: Path) -> None:
     assert sorted(tree(tmp_path)) == ["a.json", "run.json", "sub/weights"]
 
 
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_run_refused_before_it_has_a_result_leaves_nothing(tmp_path: Path, existing: bool) -> None:
+    path = tmp_path / "runs" / "é 1"
+    if existing:
+        path.mkdir(parents=True)
+    with pytest.raises(UsageError, match="nan"), opened(path) as run, run.folder("fits/a") as folder:
+        (folder / "half").write_text("x")
+        raise UsageError("the reward gave nan")
+    left = sorted(tmp_path.rglob("*"))
+    assert left == ([path.parent, path] if existing else [])
+    with opened(path, temperature=2.0):  # so the corrected command can use the folder
+        pass
+
+
+@pytest.mark.parametrize("error", [TrimtabError("disk"), KeyboardInterrupt()])
+def test_a_run_that_was_stopped_or_has_a_result_stays(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), opened(tmp_path / "stopped"):
+        raise error
+    with pytest.raises(UsageError), opened(tmp_path / "refused") as run:
+        run.save_json("chunks/0", [1])
+        raise UsageError("row 17")
+    for name in ("stopped", "refused"):
+        with opened(tmp_path / name) as run:
+            assert run.resumed and len(run.events("stopped")) == 1
+            assert run.load_json("chunks/0") == ([1] if name == "refused" else None)
+
+
+def test_a_lock_file_that_was_taken_away_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.run._is_at", lambda *_: False)
+    with pytest.raises(UsageError, match="has just left .* give the command again"):
+        opened(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["../out", "/abs", "run.json", ".lock", ""])
 def test_a_result_stays_inside_the_run(tmp_path: Path, name: str) -> None:
     with opened(tmp_path / "run") as run, pytest.raises(TrimtabError, match="not a name"):

@@ -6,7 +6,8 @@
     everything else    written to a temporary name, flushed to disk, renamed: a file that is there is whole
 
 The same command finds what is done and does the rest. Other arguments, changed inputs, a second process, a folder that
-holds something else: refused before anything is written. A file that no longer has the hash it was saved with is
+holds something else: refused before anything is written. A run that a `UsageError` ends before it has a result leaves
+nothing. A file that no longer has the hash it was saved with is
 reported and set aside under another name, and is then made again.
 """
 
@@ -45,9 +46,10 @@ _LOCK, _RUN, _EVENTS = ".lock", "run.json", "events.jsonl"
 class RunDirectory:
     """A locked, resumable folder; `open` it as a context manager. A key names a result: `chunks/base-0`, `fits/x`."""
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
+    def __init__(self, path: Path, lock: IO[str], made: list[Path]) -> None:
         self.path = path
         self.resumed = False
+        self._made = made  # folders that were not there before, innermost first
         self._lock = lock
         self._digests: dict[str, str] = {}
         self._verified: set[str] = set()
@@ -63,13 +65,14 @@ class RunDirectory:
         path = Path(path)
         wanted = json.loads(dump_json({"kind": kind, "arguments": dict(arguments), "inputs": dict(inputs or {})}))
         _refuse_foreign(path, wanted)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = open(path / _LOCK, "a+")  # noqa: SIM115
         except OSError as error:
             raise UsageError(f"cannot write to the output folder {path}: {error.strerror}") from error
         _lock_or_refuse(lock, path)
-        run = cls(path, lock)
+        run = cls(path, lock, made)
         try:
             run._begin(wanted)
         except BaseException:
@@ -100,9 +103,23 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        if isinstance(error, UsageError) and self._holds_nothing():
+            self._withdraw()
+        elif error is not None:
             self.event("stopped", error=type(error).__name__, message=str(error)[:500])
         self.close()
+
+    def _holds_nothing(self) -> bool:
+        return {path.name for path in self.path.rglob("*") if not path.is_dir()} <= {_LOCK, _RUN, _EVENTS}
+
+    def _withdraw(self) -> None:
+        """Removes a run that was refused before it had a result, so that the corrected command can use the folder."""
+        inside = sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True)
+        for name in (_RUN, _EVENTS, _LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in [*inside, *self._made]:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def close(self) -> None:
         """Releases the lock."""
@@ -289,9 +306,17 @@ def _lock_or_refuse(lock: IO[str], path: Path) -> None:
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise UsageError(f"process {holder} is working in {path}: wait for it, or give another --out") from error
+    if not _is_at(lock, path / _LOCK):
+        lock.close()
+        raise UsageError(f"another process has just left {path}: give the command again")
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one at `path`: a run that was refused takes its lock file away."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _tell(message: str) -> None:

@@ -103,7 +103,7 @@ def test_moments_of_the_score_vectors(toy, temperature):
 
 
 def test_temperature_of_fit_and_decoding_agree():
-    """Fitted and decoded at tau = 0.5, against the exact frontier at tau = 0.5: measured 0.93 to 0.96."""
+    """Fitted and decoded at tau = 0.5, against the exact frontier at tau = 0.5: measured 0.99."""
     toy = Toy(seed=0)
     tau = 0.5
     drawn = collect(toy.lm, [toy.prompt] * 4, toy.reward, toy.sampling.but(temperature=tau), 4096)
@@ -112,21 +112,21 @@ def test_temperature_of_fit_and_decoding_agree():
     edited = control.but(strength=0.5).edit(toy.states).double()
     found = toy.evaluate((edited @ toy.unembedding.T / tau).log_softmax(-1))
     assert found.kl > 0.02
-    assert toy.share_of_optimum(found) > 0.85
+    assert toy.share_of_optimum(found) > 0.93
 
 
 # what a fit finds
 
 
 def test_a_fit_is_near_the_exact_frontier(toy, fitted):
-    """8,192 answers: measured 0.94 to 0.97 of the optimum's gain. A constant push of the state could reach 0.8."""
+    """8,192 answers: measured 0.97 to 0.98 of the optimum's gain. A constant push of the state could reach 0.8."""
     for strength in (0.5, 1.0, 2.0):
         found = toy.evaluate(toy.logprobs(fitted.but(strength=strength).edit(toy.states)))
-        assert toy.share_of_optimum(found) > 0.9, found
+        assert toy.share_of_optimum(found) > 0.93, found
 
 
 def test_fitted_rounds_beat_one_step_far_out():
-    """Where the reward needs context (seed 1, KL above 1.5 nats) one fitted step measured 0.88, three 0.94."""
+    """Where the reward needs context (seed 1, KL of 2.5 to 3.3 nats) one fitted step measured 0.90, three 0.96."""
     toy = Toy(seed=1)
     one = learn(toy, toy.rollouts(6144, seed=1), lr=3e-3, epochs=4)
     three = learn(toy, rounds=3, rollouts=3072, round_kl=0.15, lr=3e-3, epochs=4)
@@ -137,7 +137,7 @@ def test_fitted_rounds_beat_one_step_far_out():
     for control in (one, three):
         outcomes = [toy.evaluate(toy.logprobs(control.but(strength=s).edit(toy.states))) for s in (2.0, 2.5, 3.0)]
         shares.append(toy.share_of_optimum(min(outcomes, key=lambda o: abs(o.kl - 2.5))))
-    assert shares[1] > shares[0] and shares[1] > 0.88
+    assert shares[1] > shares[0] + 0.02 and shares[1] > 0.92
 
 
 def test_a_round_too_far_is_not_taken(toy):
@@ -227,6 +227,8 @@ def test_kl_target_is_met(toy, fitted):
     assert abs(ready.origin.metrics["calibration_kl_per_token"] / 0.05 - 1) <= 0.05
     exact = toy.evaluate(toy.logprobs(ready.edit(toy.states))).kl_per_token
     assert abs(exact / 0.05 - 1) < 0.15
+    guess = toy.evaluate(toy.logprobs(fitted.but(strength=fitted.strength_for(0.01)).edit(toy.states)))
+    assert abs(guess.kl_per_token / 0.01 - 1) < 0.15, "the second-order guess that the tuner starts from is off"
     measured, _ = kl_per_token(toy.lm, ready, [toy.prompt] * 256, toy.sampling)
     assert abs(measured / 0.05 - 1) < 0.15
 
@@ -379,7 +381,7 @@ def test_a_strength_that_ends_before_the_last_round_is_said(toy, fitted):
 
 
 def test_the_exact_direction_is_what_the_fit_approaches(toy, fitted):
-    """Cosine, in the metric of the KL, between the fitted and the exact control: measured 0.96 to 0.98."""
+    """Cosine, in the metric of the KL, between the fitted and the exact control: measured 0.97 to 0.99 (seeds 0 to 2)."""
     exact, visits = natural_gradient(toy), toy.visits(toy.base)
     p = toy.base.exp()
 
@@ -389,4 +391,4 @@ def test_the_exact_direction_is_what_the_fit_approaches(toy, fitted):
 
     a, b = centred(fitted.but(strength=1.0).signal(toy.states)), centred(exact)
     inner = [(visits[:, None] * p * x * y).sum() for x, y in ((a, b), (a, a), (b, b))]
-    assert float(inner[0] / (inner[1] * inner[2]).sqrt()) > 0.9
+    assert float(inner[0] / (inner[1] * inner[2]).sqrt()) > 0.95

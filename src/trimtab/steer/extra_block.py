@@ -39,7 +39,14 @@ from trimtab.policy import Cost, Policy, Prompt
 from trimtab.rewards.base import Reward
 from trimtab.sampling import Sampling, derive_seed
 from trimtab.steer.controller import FORMAT, Origin, model_card, origin_of
-from trimtab.steer.natural_control import NaturalControl, NaturalControlConfig, advantages, regress, value_of_round
+from trimtab.steer.natural_control import (
+    NaturalControl,
+    NaturalControlConfig,
+    advantages,
+    curvature,
+    regress,
+    value_of_round,
+)
 from trimtab.steer.rollouts import Progress, Rollouts, collect
 from trimtab.steer.value import ValueNetwork
 
@@ -174,6 +181,7 @@ class NaturalBlock(NaturalControl):
         advantage = advantages(drawn, value, config.lambda_advantage)
         signal = _Signal(block, final, config.block_strength)
         metrics["explained"] = regress(drawn, advantage, signal, residual, config, seed, progress)
+        metrics["curvature"] = curvature(drawn, signal, residual)
         cost = drawn.cost + Cost({lm.name: forwarded}, 0, time.perf_counter() - start)
         found = {f"round1_{key}": amount for key, amount in metrics.items()}
         origin = origin_of(lm, reward, prompts, drawn, sampling, cost, found)

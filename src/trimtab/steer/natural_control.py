@@ -12,6 +12,9 @@ nat is F^+ g, and that is a plain regression (compatible function approximation,
     decode  o' = o + strength u_theta(o); draw from softmax(W o' / tau)
     rounds  repeat on rollouts of the edited policy and add: the natural gradient flow towards p exp(lambda r) / Z
 
+lambda_A is 1 by default, so V is a baseline alone: with 0.5 (a bootstrapped advantage) the same reward took about twice
+the KL (docs/natural-control.md).
+
 `strength` runs along the rounds: with rounds that ended at strengths s_1, s_2, ..., a strength up to s_1 scales u_1, what
 lies beyond goes to u_2, and so on; the last round may exceed its own. Strength 0 is the base bit for bit.
 `form=block` fits the same regression into one more transformer block and writes a plain checkpoint (see `extra_block`).
@@ -205,7 +208,7 @@ class NaturalControl(Controller):
             if found["explained"] <= 0:
                 warnings.append(f"round {number + 1} learnt nothing (its held-out error is above that of no control)")
                 break
-            rounds = cls([*rounds.networks, network], ends, config, value=value)
+            rounds = cls([*rounds.networks, network], ends, config, Origin(metrics=dict(metrics)), value)
         rounds.origin = origin_of(lm, reward, prompts, drawn, sampling, cost, metrics)
         rounds.origin.warnings += warnings
         return rounds
@@ -213,12 +216,19 @@ class NaturalControl(Controller):
     def ready(self, lm: LM, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None) -> Self:
         if not self.networks:
             return self.but(strength=0.0)
-        out = super().ready(lm, prompts, sampling, progress)
+        first = self.but()
+        first.START = self.strength_for(self.config.kl_target)  # type: ignore[misc]  # the tuner's first guess
+        out = super(NaturalControl, first).ready(lm, prompts, sampling, progress)
         if len(self.networks) > 1 and out.shares[-1] == 0:
             used = sum(share > 0 for share in out.shares)
             note = f"strength {out.strength:.3g} is reached in round {used} of {len(self.networks)}: raise kl_target"
             out.origin = dataclasses.replace(out.origin, warnings=[*out.origin.warnings, note])
         return out
+
+    def strength_for(self, kl: float) -> float:
+        """The strength that spends `kl` nats a token to second order in the first round; `START` where that is unknown."""
+        square = self.origin.metrics.get("round1_curvature", 0.0)
+        return math.sqrt(2 * kl / square) if square > 0 else self.START
 
     @property
     def shares(self) -> list[float]:
@@ -325,7 +335,15 @@ def fit_round(
         network = ControlNetwork(size, config.width or max(128, size))
     advantage = advantages(rollouts, value, config.lambda_advantage)
     metrics["explained"] = regress(rollouts, advantage, network, rollouts.states, config, seed, progress)
+    metrics["curvature"] = curvature(rollouts, network, rollouts.states)
     return network, value, metrics
+
+
+@torch.no_grad()
+def curvature(rollouts: Rollouts, network: nn.Module, inputs: torch.Tensor) -> float:
+    """E[(c.u)^2] = E[u'F u], so that KL(s) = s^2 / 2 of it to second order, in nats a token."""
+    parts = zip(inputs.split(65536), rollouts.scores.split(65536), strict=True)
+    return sum(float(((c * network(x)).sum(-1) ** 2).sum()) for x, c in parts) / len(inputs)
 
 
 def value_of_round(
