@@ -48,6 +48,7 @@ STORY_DIALS = {
     "rounds": (1.5, 2.5, 4.0),
 }
 MULTIPLES = (0.5, 0.75, 1.0, 1.4, 2.0)
+LOW = (0.1, 0.25)  # natural control alone: down to the rewards that the others reach
 ROUND_KL = 0.03
 
 
@@ -129,7 +130,8 @@ def dialled(study: Study, controller: Any, family: str, seed: int) -> Iterator[t
     if values is None:
         open_dial = controller.but(**{controller.DIAL: None, "kl_target": 0.05})
         tuned = open_dial.ready(study.lm, study.fit, study.sampling(seed, "tune"))
-        values = tuple(factor * tuned.strength for factor in MULTIPLES)
+        factors = (*LOW, *MULTIPLES) if family == "natural-control" else MULTIPLES
+        values = tuple(factor * tuned.strength for factor in factors)
     for value in values:
         yield value, controller.but(**{controller.DIAL: value})
 
@@ -277,7 +279,7 @@ def main() -> None:
     study = Study.of(arguments.model)
     for seed in arguments.seeds:
         if arguments.part == "main":
-            main_part(study, seed, arguments.rollouts, most_rounds=4 if seed < 2 else 2)
+            main_part(study, seed, arguments.rollouts, most_rounds=4 if seed < 2 and study.dials else 2)
         elif arguments.part == "ablation":
             ablation_part(study, seed, arguments.rollouts)
         elif arguments.part == "several":

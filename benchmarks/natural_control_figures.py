@@ -69,7 +69,7 @@ def curves(
     rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for points in seeds.values():
         place: dict[str, int] = {}
-        for point in points.values():
+        for point in sorted(points.values(), key=lambda one: one.get("dial") or 0):
             family = point["family"]
             at = place.get(family, 0)
             place[family] = at + 1

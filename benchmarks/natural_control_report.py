@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from natural_control import LOW, MULTIPLES
 from natural_control_figures import ablation_figure, curves_figure, diversity_figure, exact_figure
 from scipy.stats import t
 
@@ -43,15 +44,17 @@ def gather() -> None:
             if not seeds:
                 continue
             over_prompts: dict[str, Any] = {}
-            names = {name for points in seeds.values() for name in points}
-            for name in sorted(names):
-                for key in ("reward_by_prompt", "gold_by_prompt"):
-                    rows = [points[name].pop(key) for points in seeds.values() if key in points.get(name, {})]
-                    if rows and part == "main":
-                        found = mean_interval(np.nanmean(np.array(rows, dtype=float), 0))
-                        over_prompts.setdefault(name, {})[key.removesuffix("_by_prompt")] = [found.low, found.high]
-                for points in seeds.values():
-                    points.get(name, {}).pop("second_by_prompt", None)
+            if part == "main":
+                for _, key, points in rows_of(seeds):
+                    for judge in ("reward", "gold"):
+                        by_prompt = [point[f"{judge}_by_prompt"] for point in points if f"{judge}_by_prompt" in point]
+                        if by_prompt:
+                            found = mean_interval(np.nanmean(np.array(by_prompt, dtype=float), 0))
+                            over_prompts.setdefault(key, {})[judge] = [found.low, found.high]
+            for points in seeds.values():
+                for point in points.values():
+                    for key in [key for key in point if key.endswith("_by_prompt")]:
+                        del point[key]
             rounded = {
                 seed: {name: _rounded(point) for name, point in points.items()} for seed, points in seeds.items()
             }
@@ -101,24 +104,23 @@ def at_reward(points: dict[str, Any], family: str, reward: float, key: str, judg
 
 
 def compared(
-    seeds: Seeds,
-    first: str,
-    second: str,
-    reward: float,
-    key: str,
-    join: Callable[[float, float], float],
-    judge: str = "reward",
-) -> list[float] | None:
-    """join(key of first, key of second) at equal reward, a seed each; None where a seed's sweep does not reach it."""
-    pairs = [tuple(at_reward(points, f, reward, key, judge) for f in (first, second)) for points in seeds.values()]
-    if any(value is None for pair in pairs for value in pair):
-        return None
-    return [join(a, b) for a, b in pairs]  # type: ignore[arg-type]
+    seeds: Seeds, first: str, second: str, reward: float, key: str, join: Callable[[float, float], float], judge: str
+) -> list[float | None]:
+    """join(key of first, key of second) at equal reward, a seed each; None for a seed whose sweep does not reach it."""
+    out: list[float | None] = []
+    for points in seeds.values():
+        a, b = (at_reward(points, family, reward, key, judge) for family in (first, second))
+        out.append(None if a is None or b is None else join(a, b))
+    return out
 
 
-def ratio_text(logs: list[float] | None) -> str:
-    if logs is None:
-        return "not reached"
+def reached(values: list[float | None], text: Callable[[list[float]], str]) -> str:
+    """The text of the values, or in how many seeds there is one."""
+    found = [value for value in values if value is not None]
+    return text(found) if len(found) == len(values) else f"reached in {len(found)} of {len(values)} seeds"
+
+
+def ratio_text(logs: list[float]) -> str:
     mean, half = over_seeds(logs)
     if half is None:
         return f"{math.exp(mean):.1f}"
@@ -138,11 +140,11 @@ def main_table(data: dict[str, Any]) -> str:
         "diversity",
     ]
     rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for label, points in _rows_by_position(seeds):
-        if len(points) < 2 < len(seeds):
-            label += f" ({len(points)} seed{'s' * (len(points) > 1)})"
+    for label, key, points in rows_of(seeds):
         first = points[0]
-        prompts = data["over_prompts"].get(label, {}).get("reward")
+        prompts = data["over_prompts"].get(key, {}).get("reward")
+        if len(points) < len(seeds):
+            label += f" ({len(points)} seed{'s' * (len(points) > 1)})"
         cells = [label, show([p["reward"] for p in points]), f"[{prompts[0]:.3f}, {prompts[1]:.3f}]" if prompts else ""]
         if has_gold:
             cells.append(show([p["gold"] for p in points]))
@@ -155,22 +157,40 @@ def main_table(data: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _rows_by_position(seeds: Seeds) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Points that belong together: the same place in a family's sweep (tuned dials differ a little between seeds)."""
-    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    labels: dict[tuple[str, int], set[str]] = {}
-    for points in seeds.values():
-        place: dict[str, int] = {}
-        for name, point in points.items():
-            at = (point["family"], place.get(point["family"], 0))
-            place[point["family"]] = at[1] + 1
-            rows.setdefault(at, []).append(point)
-            labels.setdefault(at, set()).add(name)
-    out = []
-    for (family, number), points_here in rows.items():
-        names = labels[family, number]
-        out.append((names.pop() if len(names) == 1 else f"{family}, dial {number + 1}", points_here))
+def places(points: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """Family and place in its sweep of every point, in order of family and dial: tuned dials differ between seeds."""
+    families = list(dict.fromkeys(point["family"] for point in points.values()))
+    order = sorted(points, key=lambda name: (families.index(points[name]["family"]), points[name].get("dial") or 0))
+    counts: dict[str, int] = {}
+    out = {}
+    for name in order:
+        family = points[name]["family"]
+        out[name] = (family, counts.get(family, 0))
+        counts[family] = out[name][1] + 1
     return out
+
+
+def rows_of(seeds: Seeds) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(label, key of the place, the points there) for every row of the table."""
+    rows: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for seed, points in seeds.items():
+        for name, at in places(points).items():
+            rows.setdefault(at, {})[seed] = points[name] | {"name": name}
+    families = list(dict.fromkeys(family for family, _ in rows))
+    out = []
+    for family, number in sorted(rows, key=lambda at: (families.index(at[0]), at[1])):
+        found = list(rows[family, number].values())
+        names = {point["name"] for point in found}
+        label = names.pop() if len(names) == 1 else f"{family}, x {_factors(family)[number]:g}"
+        out.append((label, f"{family}#{number}", found))
+    return out
+
+
+def _factors(family: str) -> tuple[float, ...]:
+    """What a tuned strength was multiplied by; the words of natural_control.py."""
+    if family.endswith("rounds"):
+        return (0.5, 1.0, 1.5)
+    return (*LOW, *MULTIPLES) if family == "natural-control" else MULTIPLES
 
 
 def ratio_table(seeds: Seeds, rewards: Sequence[float], judge: str = "reward") -> str:
@@ -178,17 +198,19 @@ def ratio_table(seeds: Seeds, rewards: Sequence[float], judge: str = "reward") -
     others = [
         f for f in ("re-control", "re-control mc", "pref-ctrl") if any(p["family"] == f for p in seeds["0"].values())
     ]
-    rows = [
-        "| at " + judge + " | " + " | ".join(f"{other} / natural-control" for other in others)
-        + " | re-control / 2 rounds | diversity: natural control − RE-Control |",
-        "|---|" + "---|" * (len(others) + 2),
-    ]  # fmt: skip
+    header = [
+        f"at {judge}",
+        *(f"{other} / natural-control" for other in others),
+        "diversity: natural control − RE-Control",
+    ]
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for reward in rewards:
         cells = [f"{reward:g}"]
-        for own, their in [("natural-control", other) for other in others] + [("2 rounds", "re-control")]:
-            cells.append(ratio_text(compared(seeds, their, own, reward, "kl", lambda a, b: math.log(a / b), judge)))
+        for other in others:
+            logs = compared(seeds, other, "natural-control", reward, "kl", lambda a, b: math.log(a / b), judge)
+            cells.append(reached(logs, ratio_text))
         gap = compared(seeds, "natural-control", "re-control", reward, "diversity", lambda a, b: a - b, judge)
-        cells.append("not reached" if gap is None else show(gap, 4))
+        cells.append(reached(gap, lambda found: show(found, 4)))
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -19,6 +19,7 @@ import torch
 from jinja2 import TemplateError
 
 from trimtab import attention
+from trimtab.checkpoint import load_pretrained
 from trimtab.control import Control
 from trimtab.errors import UsageError
 from trimtab.fingerprint import fingerprint
@@ -60,27 +61,15 @@ class LM:
     def load(
         cls, path: str | Path, device: str | None = None, dtype: Any = None, trust_remote_code: bool = False
     ) -> LM:
-        """Load `pocket/NAME`, a local folder or a Hub id. Weights must be safetensors.
+        """Load `pocket/NAME`, a local folder or a Hub id. Weights must be safetensors, and whole.
 
         device: "cuda" where there is one, else "cpu". dtype: float32 on a CPU, bfloat16 on an accelerator.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         name = str(path)
         folder = local_folder(name)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-        source = str(folder or name)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except Exception as error:
-            raise UsageError(f"cannot load the model {name!r}: {_first_sentence(error)}") from error
-        broken = [key for key, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]
-        if broken:
-            raise UsageError(f"the model {name!r} has weights that are not finite numbers, first in {broken[0]!r}")
+        model, tokenizer = load_pretrained(folder or name, name, dtype, trust_remote_code, local=folder is not None)
         short = name if folder is None or name.startswith("pocket/") else folder.name
         model = model.to(device)
         attention.adopt(model)
@@ -305,7 +294,3 @@ def _shifted(observer: Observer, offset: int) -> Observer:
     from dataclasses import replace
 
     return lambda step: observer(replace(step, rows=step.rows + offset))
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

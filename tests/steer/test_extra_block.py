@@ -17,7 +17,8 @@ from trimtab.errors import UsageError
 from trimtab.policies import Workshop
 from trimtab.rewards import Function
 from trimtab.steer import NaturalControl, fit_method
-from trimtab.steer.extra_block import ANATOMY, Block, NaturalBlock, residuals
+from trimtab.steer.block import ANATOMY, Block
+from trimtab.steer.extra_block import NaturalBlock, residuals
 from trimtab.steer.natural_control import NaturalControlConfig
 from trimtab.steer.rollouts import collect
 from trimtab.steer.value import ValueNetwork
@@ -169,8 +170,8 @@ def test_a_fit_raises_the_exact_reward():
     logprobs = big_logprobs(toy, big)
     outcome = toy.evaluate(logprobs)
     assert outcome.kl > 0.05, "the block hardly edits"
-    # measured 0.93 to 0.97 for seeds 0 to 3; the constant push of the best static edit stays below 0.8 here
-    assert toy.share_of_optimum(outcome) > 0.85
+    # measured 0.94 to 0.98 for seeds 0 to 2
+    assert toy.share_of_optimum(outcome) > 0.9
 
 
 def big_logprobs(toy: Toy, lm: LM) -> torch.Tensor:

@@ -119,7 +119,7 @@ def test_temperature_of_fit_and_decoding_agree():
 
 
 def test_a_fit_is_near_the_exact_frontier(toy, fitted):
-    """8,192 answers: measured 0.97 to 0.98 of the optimum's gain. A constant push of the state could reach 0.8."""
+    """8,192 answers: measured 0.97 to 0.98 of the optimum's gain."""
     for strength in (0.5, 1.0, 2.0):
         found = toy.evaluate(toy.logprobs(fitted.but(strength=strength).edit(toy.states)))
         assert toy.share_of_optimum(found) > 0.93, found
