@@ -71,11 +71,12 @@ class Control:
         yield model.register_forward_hook(bypassed)
 
     @contextmanager
-    def attached(self, model: Any, positions: Positions = "last") -> Iterator[Any]:
+    def attached(self, model: Any, positions: Positions = "all") -> Iterator[Any]:
         """Steer every forward of `model` inside the `with` block; the hooks are gone afterwards, whatever happens.
 
-        positions: "last" edits the last position of each call (generation); "all" edits every position (scoring given
-        answers, training). Contexts nest: edits apply in the order of attachment. Beam search, assisted decoding and
+        positions: "all" edits every position a call computes logits for, so that scoring given answers (an evaluation
+        harness, a trainer) is steered as generation is; "last" edits the last position of each call alone, which is the
+        same for generation. Contexts nest: edits apply in the order of attachment. Beam search, assisted decoding and
         compiled graphs are refused: they mix or skip edited states.
         """
         model = getattr(model, "model", model) if hasattr(model, "tokenizer") and hasattr(model, "model") else model

@@ -97,6 +97,9 @@ class Workshop:
             return cls.from_pretrained(self.run.path / key)
         controller = self._fitted(cls, config).but(**{name: getattr(config, name) for name in cls.DECODE})
         controller = controller.ready(self.lm, self.prompts, self.sampling, self.progress)
+        if self.progress is not None:
+            for warning in controller.origin.warnings:
+                self.progress(f"{spec}: {warning}")
         if self.run is not None:
             with self.run.folder(key) as where:
                 controller.save_pretrained(where)

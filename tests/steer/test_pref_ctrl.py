@@ -152,7 +152,7 @@ def test_pairs_without_a_difference_are_dropped_with_a_count(toy: Toy) -> None:
     ):
         pairs.required()
     rollouts.prompt_index = torch.arange(64)
-    assert pairs_drawn(rollouts, 2).dropped == {"one answer to the prompt": 64}
+    assert pairs_drawn(rollouts, 2).dropped == {"with one answer to the prompt": 64}
     rollouts = toy.rollouts_of(torch.tensor([0, 3, 3, 3]))
     rollouts.rewards = torch.tensor([0.0, 1.0, 2.0, 3.0])
     assert pairs_drawn(rollouts, 2).dropped == {"an empty answer": 1, "identical answers": 1}

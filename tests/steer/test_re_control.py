@@ -79,12 +79,16 @@ def test_linear_value_is_one_logit_bias_at_every_position(lm: LM) -> None:
     assert (after - before - bias).abs().max() < 1e-5 * bias.abs().max()
 
 
-def test_only_the_last_position_is_edited_by_default(lm: LM) -> None:
+def test_every_position_is_edited_unless_only_the_last_is_asked_for(lm: LM) -> None:
     tokens = torch.tensor([[5, 9, 30, 4, 11]])
     before = lm.model(tokens).logits
-    with ReControl(Linear(randn(D)), step_size=0.3, steps=7).attached(lm.model):
-        after = lm.model(tokens).logits
-    assert torch.equal(after[:, :-1], before[:, :-1]) and not torch.equal(after[:, -1], before[:, -1])
+    control = ReControl(Linear(randn(D)), step_size=0.3, steps=7)
+    with control.attached(lm.model):
+        everywhere = lm.model(tokens).logits
+    with control.attached(lm.model, positions="last"):
+        last = lm.model(tokens).logits
+    assert not torch.isclose(everywhere, before).all(-1).any()  # a log-likelihood is steered too
+    assert torch.equal(last[:, :-1], before[:, :-1]) and torch.equal(last[:, -1], everywhere[:, -1])
 
 
 @pytest.mark.parametrize("share", [0.9, 1.1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from typing import Any
 
@@ -73,7 +74,9 @@ def _fit(args: Namespace, prompts: list[Prompt], config: Any) -> None:
                 method = catalogue.method(args.method)
                 controller = method.fit(lm, prompts, reward, sampling=sampling, config=config, progress=say)
                 controller.save_pretrained(folder)
-            run.event("fitted")
+            run.event("fitted", warnings=controller.origin.warnings)
+            for warning in controller.origin.warnings:
+                warnings.warn(warning, stacklevel=2)
 
 
 def split_options(words: list[str], flags: list[str]) -> tuple[list[str], dict[str, str]]:

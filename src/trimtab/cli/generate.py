@@ -79,10 +79,9 @@ def _policy(args: Namespace, prompts: list[Prompt], sampling: Any, say: Progress
     reward = None if args.reward is None else parse_reward(args.reward)
     lm = LM.load(args.model)
     if args.controller:
-        from trimtab.control import Steered
         from trimtab.steer import load_controller
 
-        return Steered(lm, load_controller(args.controller))
+        return load_controller(args.controller).as_policy(lm)
     if args.policy:
         # What has to be fitted is fitted on the prompts themselves, and not kept: `trimtab fit` keeps it.
         return Workshop(lm, reward, prompts, sampling.but(samples=1), progress=say).build(args.policy).policy

@@ -51,10 +51,9 @@ def method(slug: str) -> type[Controller]:
 
 def load_controller(folder: str | Path) -> Controller:
     """A saved controller of any method."""
-    from trimtab.steer.controller import read_controller
+    from trimtab.steer.controller import read_record
 
-    record, _ = read_controller(folder)
-    return method(record["method"]).from_pretrained(folder)
+    return method(read_record(folder)["method"]).from_pretrained(folder)
 
 
 def fit_method(

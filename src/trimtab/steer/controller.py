@@ -243,16 +243,14 @@ class Controller(Control):
         return cls.restore(config, tensors, origin)
 
 
-def read_controller(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The record and the tensors of a saved controller, validated."""
-    where = Path(folder)
-    for name in ("controller.json", "controller.safetensors"):
-        if not (where / name).is_file():
-            raise UsageError(f"{str(folder)!r} is not a controller: {name} is missing")
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """controller.json of a saved controller, validated: its method, config and origin."""
+    path = Path(folder) / "controller.json"
+    if not path.is_file():
+        raise UsageError(f"{str(folder)!r} is not a controller: {path.name} is missing")
     try:
-        record = json.loads((where / "controller.json").read_text())
-        tensors = load_file(where / "controller.safetensors")
-    except (SafetensorError, ValueError) as error:
+        record = json.loads(path.read_text())
+    except ValueError as error:
         raise UsageError(f"the controller in {str(folder)!r} is damaged: {error}") from error
     if (
         not isinstance(record, dict)
@@ -260,6 +258,19 @@ def read_controller(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch
         or not {"method", "config", "origin"} <= set(record)
     ):
         raise UsageError(f"{str(folder)!r}: controller.json is not of format {FORMAT}")
+    return record
+
+
+def read_controller(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The record and the tensors of a saved controller, validated."""
+    record = read_record(folder)
+    path = Path(folder) / "controller.safetensors"
+    if not path.is_file():
+        raise UsageError(f"{str(folder)!r} is not a controller: {path.name} is missing")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise UsageError(f"the controller in {str(folder)!r} is damaged: {error}") from error
     for key, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise UsageError(f"the controller in {str(folder)!r} has values that are not finite numbers in {key!r}")

@@ -62,7 +62,7 @@ def pairs_drawn(rollouts: Rollouts, group: int) -> PairStates:
     for rows in _groups(rollouts.prompt_index.tolist(), group):
         ordered = sorted((float(rollouts.rewards[row]), row) for row in rows)
         (low, q), (high, p) = ordered[0], ordered[-1]
-        reason = "one answer to the prompt" if len(rows) < 2 else "equal rewards" if low == high else ""
+        reason = "with one answer to the prompt" if len(rows) < 2 else "equal rewards" if low == high else ""
         reason = reason or _unusable(_visible(rollouts, p), _visible(rollouts, q))
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1

@@ -112,6 +112,12 @@ class ReControlConfig:
             raise UsageError(f"step_size and steps must be 0 or more, not {self.step_size} and {self.steps}")
         if self.l2 < 0 or self.trust < 0 or self.kl_cap < 0 or self.kl_target <= 0:
             raise UsageError("l2, trust and kl_cap must be 0 or more and kl_target above 0")
+        if self.rollouts < 2 or self.epochs < 1 or self.batch < 1 or self.hidden_layers < 1 or self.width < 0:
+            raise UsageError("rollouts must be 2 or more; epochs, batch and hidden_layers 1 or more; width 0 or more")
+        if self.lr <= 0 or not 0 <= self.td_lambda <= 1:
+            raise UsageError(
+                f"lr must be above 0 and td_lambda lie between 0 and 1, not {self.lr} and {self.td_lambda}"
+            )
         if 2 * alpha * self.l2 >= 2:
             raise UsageError(f"2 x step_size x l2 = {2 * alpha * self.l2:g} diverges: keep it below 2")
 

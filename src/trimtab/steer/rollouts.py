@@ -93,6 +93,8 @@ def collect(
         raise UsageError("rollouts must explore: temperature above 0, without top-k, top-p, min-p or penalties")
     if control is not None and not control.final:
         raise UsageError("rollouts can be drawn under an edit of the final hidden state only")
+    if sampling.max_new_tokens < 1 or rollouts < 2:
+        raise UsageError(f"{rollouts} rollouts of {sampling.max_new_tokens} tokens teach nothing: give at least 2 of 1")
     if len(prompts) < FEWEST_PROMPTS:
         raise UsageError(
             f"{len(prompts)} prompts are too few to fit on: give at least {FEWEST_PROMPTS}, better 50 or more"
