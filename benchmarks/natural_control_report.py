@@ -297,7 +297,6 @@ def main() -> None:
             write_atomic(FIGURES / f"natural-control-{model}.svg", curves_figure(data["seeds"], "reward"))
             write_atomic(FIGURES / f"natural-control-{model}-diversity.svg", diversity_figure(data["seeds"]))
             if model == "pocket-base":
-                fill(f"gold {model}", ratio_table(data["seeds"], (0.5, 0.6, 0.7), "gold"))
                 write_atomic(FIGURES / f"natural-control-{model}-gold.svg", curves_figure(data["seeds"], "gold"))
         ablation, speed, several = (load(model, part) for part in ("ablation", "speed", "several"))
         if ablation is not None:

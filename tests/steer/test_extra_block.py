@@ -16,7 +16,7 @@ from trimtab import LM, Sampling, Steered
 from trimtab.errors import UsageError
 from trimtab.policies import Workshop
 from trimtab.rewards import Function
-from trimtab.steer import NaturalControl, fit_method
+from trimtab.steer import NaturalControl, fit_method, load_controller
 from trimtab.steer.block import ANATOMY, Block
 from trimtab.steer.extra_block import NaturalBlock, residuals
 from trimtab.steer.natural_control import NaturalControlConfig
@@ -195,6 +195,7 @@ def test_fit_writes_a_checkpoint_with_a_tuned_strength(tmp_path: Path):
     record = json.loads((tmp_path / "out" / "controller.json").read_text())
     assert record["method"] == "natural-control" and record["config"]["form"] == "block"
     assert record["origin"]["model"] == "tiny" and record["config"]["block_strength"] == fitted.strength
+    assert load_controller(tmp_path / "out").strength == fitted.strength  # `--controller OUT`
     # a second block on top of the first: rounds, by running the command again on its own output
     second = controller_of(LM.load(tmp_path / "out")).extended(plain)
     assert second.config.num_hidden_layers == 4

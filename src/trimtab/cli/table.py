@@ -66,6 +66,7 @@ def cells(policy: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
 def _table(rows: list[dict[str, str]], columns: tuple[str, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("policy", no_wrap=True)
+    columns = tuple(name for name in columns if any(row[name] != "-" for row in rows))
     for column in columns:
         table.add_column(column, justify="left" if column == "verdict" else "right", no_wrap=True)
     for row in rows:

@@ -30,6 +30,8 @@ _OTHERS = {
     "Rollouts": "rollouts",
     "collect": "rollouts",
     "tune": "tuner",
+    "WeightedControls": "weighted_controls",
+    "learn_many": "weighted_controls",
     "Controller": "controller",
 }
 _WHERE = {**{cls: module for module, cls in METHODS.values()}, **_OTHERS}

@@ -242,12 +242,15 @@ class NaturalControl(Controller):
     def signal(self, hidden: torch.Tensor) -> torch.Tensor:
         """The whole edit [..., D] in float32, before any cap."""
         o = hidden.float()
-        out = torch.zeros_like(o)
+        parts = []
         with torch.no_grad():
             for share, network in zip(self.shares, self.networks, strict=bool(self.networks)):
                 if share:
-                    out += share * network.to(o.device)(o)
-        return out
+                    first = next(network.parameters(), None)
+                    if first is not None and first.device != o.device:
+                        network.to(o.device)
+                    parts.append(share * network(o))
+        return sum(parts[1:], parts[0]) if parts else torch.zeros_like(o)
 
     def edit(self, hidden: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
         if self.strength == 0 or not self.networks:
