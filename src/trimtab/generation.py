@@ -71,6 +71,7 @@ def sample(session: Session, sampling: Sampling, uniform: torch.Tensor, observer
         if not bool(chosen.isfinite().all()):
             raise TrimtabError(f"{lm.name} gave logits that are not numbers at step {step} (NaN or infinite weights?)")
         if observer is not None:
+            # copies: the session's buffers move rows when answers end
             observer(Step(rows, session.hidden.clone(), session.edited.clone(), logprobs, drawn))
         drawn = drawn.cpu()
         tokens[rows, step], logprob[rows, step] = drawn, chosen

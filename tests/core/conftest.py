@@ -1,23 +1,13 @@
-"""Shared by the core's tests: one thread, and every architecture as a fixture."""
+"""Shared by the core's tests: every architecture as a fixture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from tiny import ARCHITECTURES, tiny_lm
 from trimtab import LM
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

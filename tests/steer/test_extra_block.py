@@ -16,7 +16,7 @@ from trimtab import LM, Sampling, Steered
 from trimtab.errors import UsageError
 from trimtab.policies import Workshop
 from trimtab.rewards import Function
-from trimtab.steer import NaturalControl, fit_method, load_controller
+from trimtab.steer import NaturalControl, load_controller
 from trimtab.steer.block import ANATOMY, Block
 from trimtab.steer.extra_block import NaturalBlock, residuals
 from trimtab.steer.natural_control import NaturalControlConfig
@@ -188,7 +188,8 @@ def test_fit_writes_a_checkpoint_with_a_tuned_strength(tmp_path: Path):
     """`trimtab fit natural-control MODEL --form block --out DIR`: what the command calls."""
     lm = tiny_lm("llama")
     options = {"form": "block", "epochs": "2", "lr": "0.003", "kl_target": "0.02"}
-    fitted = fit_method("natural-control", lm, PROMPTS, REWARD, SAMPLING, options, tmp_path / "out")
+    fitted = NaturalControl.fit(lm, PROMPTS, REWARD, sampling=SAMPLING, **options)
+    fitted.save_pretrained(tmp_path / "out")
     assert abs(fitted.origin.metrics["calibration_kl_per_token"] / 0.02 - 1) <= 0.05
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.config.num_hidden_layers == 3

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import unknown
-from trimtab.spec import build
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
-    from trimtab.policy import Prompt
-    from trimtab.rewards.base import Reward
-    from trimtab.sampling import Sampling
     from trimtab.steer.controller import Controller
-    from trimtab.steer.rollouts import Progress
 
 METHODS = {
     "natural-control": ("natural_control", "NaturalControl"),
@@ -56,21 +49,3 @@ def load_controller(folder: str | Path) -> Controller:
     from trimtab.steer.controller import read_record
 
     return method(read_record(folder)["method"]).from_pretrained(folder)
-
-
-def fit_method(
-    slug: str,
-    lm: LM,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    sampling: Sampling,
-    options: dict[str, str],
-    out: str | Path,
-    progress: Progress | None = None,
-) -> Controller:
-    """Fit a method and save it in `out`."""
-    cls = method(slug)
-    config: Any = build(cls.Config, options, f"method {slug!r}")
-    controller = cls.fit(lm, prompts, reward, sampling=sampling, config=config, progress=progress)
-    controller.save_pretrained(out)
-    return controller

@@ -211,20 +211,11 @@ class Controller(Control):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the controller; returns the folder. Each file appears whole or not at all, the JSON last."""
-        where = Path(folder)
-        if where.exists() and any(where.iterdir()) and not (where / "controller.json").exists():
-            raise UsageError(f"{str(where)!r} holds something that is not a controller: give an empty or new folder")
-        where.mkdir(parents=True, exist_ok=True)
+        where = folder_to_fill(folder)
         tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in self.tensors().items()}
-        record = {
-            "format": FORMAT,
-            "method": self.slug,
-            "config": dataclasses.asdict(self.config),
-            "origin": dataclasses.asdict(self.origin),
-        }
         write_atomic(where / "controller.safetensors", save(tensors, metadata={"format": "pt"}))
         write_atomic(where / "README.md", model_card(self))
-        write_atomic(where / "controller.json", dump_json(record))
+        write_atomic(where / "controller.json", dump_json(record_of(self, self.config)))
         return where
 
     @classmethod
@@ -241,6 +232,25 @@ class Controller(Control):
         except TypeError as error:
             raise UsageError(f"the controller in {str(folder)!r} is damaged: {error}") from error
         return cls.restore(config, tensors, origin)
+
+
+def folder_to_fill(folder: str | Path) -> Path:
+    """The folder to save a controller in, made where it is missing; refused where it holds something else."""
+    where = Path(folder)
+    if where.exists() and any(where.iterdir()) and not (where / "controller.json").exists():
+        raise UsageError(f"{str(where)!r} holds something that is not a controller: give an empty or new folder")
+    where.mkdir(parents=True, exist_ok=True)
+    return where
+
+
+def record_of(controller: Controller, config: Any) -> dict[str, Any]:
+    """What controller.json holds; `read_record` reads it."""
+    return {
+        "format": FORMAT,
+        "method": controller.slug,
+        "config": dataclasses.asdict(config),
+        "origin": dataclasses.asdict(controller.origin),
+    }
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from trimtab.policy import Cost, Policy, Prompt
 from trimtab.rewards.base import Reward
 from trimtab.sampling import Sampling, derive_seed
 from trimtab.steer.block import Block, BlockSignal, anatomy_of, read_tensors
-from trimtab.steer.controller import FORMAT, Origin, model_card, origin_of
+from trimtab.steer.controller import Origin, folder_to_fill, model_card, origin_of, read_record, record_of
 from trimtab.steer.natural_control import (
     NaturalControl,
     NaturalControlConfig,
@@ -168,25 +168,18 @@ class NaturalBlock(NaturalControl):
 
         lm: the base model, needed where this controller was loaded and not fitted here. controller.json is written last.
         """
-        where, base = Path(folder), lm or self.lm
+        base = lm or self.lm
         if base is None:
             raise UsageError("a loaded block does not hold its base model: save_pretrained(folder, lm=...)")
-        if where.exists() and any(where.iterdir()) and not (where / "controller.json").exists():
-            raise UsageError(f"{str(where)!r} holds something that is not a controller: give an empty or new folder")
         self.check(base.model)
-        strength = self.strength
-        self.extended(base.model).save_pretrained(where)
+        strength, longer = self.strength, self.extended(base.model)
+        where = folder_to_fill(folder)
+        longer.save_pretrained(where)
         base.tokenizer.save_pretrained(where)
         # the dial is folded into the weights, so from here on the block is one made for this strength
         config = dataclasses.replace(self.config, block_strength=strength or self.config.block_strength)
-        record = {
-            "format": FORMAT,
-            "method": self.slug,
-            "config": dataclasses.asdict(config),
-            "origin": dataclasses.asdict(self.origin),
-        }
         write_atomic(where / "README.md", card_of(self))
-        write_atomic(where / "controller.json", dump_json(record))
+        write_atomic(where / "controller.json", dump_json(record_of(self, config)))
         return where
 
     @classmethod
@@ -196,7 +189,7 @@ class NaturalBlock(NaturalControl):
 
         if not holds_block(folder):
             raise UsageError(f"{str(folder)!r} does not hold a natural-control block")
-        record = json.loads((Path(folder) / "controller.json").read_text())
+        record = read_record(folder)
         try:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:

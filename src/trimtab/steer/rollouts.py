@@ -136,8 +136,7 @@ class _Part:
         weights = -step.logprobs.exp()
         weights[torch.arange(len(weights)), step.tokens] += 1
         self.rows.append(step.rows)
-        # a copy: `hidden` looks into the session's buffer, which moves rows when answers end
-        self.states.append(step.hidden.to("cpu", torch.float32, copy=True))
+        self.states.append(step.hidden.float().cpu())
         self.scores.append(self.lm.head.vjp(step.edited, weights).cpu() / self.temperature)
 
     def finish(self, tokens: list[list[int]], reasons: list[str], rewards: list[float | None]) -> None:
