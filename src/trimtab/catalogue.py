@@ -18,14 +18,14 @@ import tokenize
 import typing
 from typing import Any, NamedTuple
 
-from trimtab import spec, steer
+from trimtab import decode, spec, steer
 from trimtab.card import Card
 from trimtab.errors import TrimtabError, unknown
 
 # slug -> module:Class. Each stage lists its own in one dict (importing a stage imports no method).
 METHODS: dict[str, str] = {
     **{slug: f"trimtab.steer.{module}:{name}" for slug, (module, name) in steer.METHODS.items()},
-    "best-of-n": "trimtab.decode.best_of_n:BestOfN",
+    **{slug: f"trimtab.decode.{module}:{name}" for slug, (module, name) in decode.METHODS.items()},
 }
 PLUGINS = "trimtab.methods"
 

@@ -13,12 +13,14 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import UsageError
-from trimtab.policy import Completions, Prompt
+from trimtab.policy import Completions, Cost, Prompt
 from trimtab.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from trimtab.session import Session
 
 Positions = Literal["last", "all"]
 
@@ -142,6 +144,10 @@ class Steered:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling()) -> Completions:
         return self.lm.generate(prompts, sampling, control=self.control)
+
+    def open(self, prompts: Sequence[Prompt], sampling: Sampling, meter: Cost) -> Session:
+        """A session under the control after one prefill of the prompts, its cost on `meter`."""
+        return self.lm.session(self.lm.encode(prompts), self.control, meter)
 
     def token_logprobs(
         self, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], sampling: Sampling = Sampling()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from trimtab.divergence import kl_between
 from trimtab.errors import TrimtabError
 from trimtab.sampling import Sampling, draw
-from trimtab.session import Session
 
 
 @dataclass
@@ -32,28 +33,34 @@ Observer = Callable[[Step], None]
 
 @dataclass
 class Drawn:
-    """Answers of one batch: tokens and their log-probabilities per row, and whether each row ended by itself."""
+    """Answers of one batch: tokens and their log-probabilities per row, and whether each row ended by itself.
+
+    kl: of a guided session, per token, KL(distribution drawn from || the model's own) in nats.
+    """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     stopped: list[bool]
+    kl: list[list[float]] | None = None
 
 
 @torch.no_grad()
-def sample(session: Session, sampling: Sampling, uniform: torch.Tensor, observer: Observer | None = None) -> Drawn:
+def sample(session: Any, sampling: Sampling, uniform: torch.Tensor, observer: Observer | None = None) -> Drawn:
     """Continue every row of `session` until an end token, a stop string, `max_new_tokens` or a full context.
 
     uniform [B, max_new_tokens]: the random numbers (see `sampling.draw`). Rows that finish are dropped from the session
-    at once: they are neither forwarded nor edited again. The session is used up.
+    at once: they are neither forwarded nor edited again. session: a `Session` or a `Guided` one; it is used up.
     """
     lm, count, steps = session.lm, session.rows, sampling.max_new_tokens
     tokens = torch.zeros(count, steps, dtype=torch.long)
-    logprob = torch.zeros(count, steps)
+    logprob, kl = torch.zeros(count, steps), torch.full((count, steps), torch.nan)
     lengths = torch.zeros(count, dtype=torch.long)
     stopped = torch.zeros(count, dtype=torch.bool)
     rows = torch.arange(count)
     ends = torch.tensor(sorted(lm.eos_ids), dtype=torch.long)
     needs_ids = sampling.repetition_penalty != 1
+    # at temperature 0 the distribution drawn from is a point, and its KL is -log p(token)
+    with_kl, softmax = session.guided, Sampling(temperature=sampling.temperature or 1.0)
     if lm.context_length is not None:
         full = session.lengths >= lm.context_length
         if bool(full.any()):
@@ -70,6 +77,8 @@ def sample(session: Session, sampling: Sampling, uniform: torch.Tensor, observer
         chosen = logprobs.gather(-1, drawn[:, None])[:, 0].cpu()
         if not bool(chosen.isfinite().all()):
             raise TrimtabError(f"{lm.name} gave logits that are not numbers at step {step} (NaN or infinite weights?)")
+        if with_kl and (base := session.base_logits) is not None:
+            kl[rows, step] = kl_between(logprobs, softmax.logprobs(base)).cpu()
         if observer is not None:
             # copies: the session's buffers move rows when answers end
             observer(Step(rows, session.hidden.clone(), session.edited.clone(), logprobs, drawn))
@@ -93,6 +102,7 @@ def sample(session: Session, sampling: Sampling, uniform: torch.Tensor, observer
         [row[:length].tolist() for row, length in zip(tokens, lengths.tolist(), strict=True)],
         [row[:length].tolist() for row, length in zip(logprob, lengths.tolist(), strict=True)],
         stopped.tolist(),
+        [row[:length].tolist() for row, length in zip(kl, lengths.tolist(), strict=True)] if with_kl else None,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +22,12 @@ from trimtab.checkpoint import load_pretrained
 from trimtab.control import Control
 from trimtab.errors import UsageError
 from trimtab.fingerprint import fingerprint
-from trimtab.generation import Drawn, Observer, cut_at, sample
+from trimtab.generation import Observer
 from trimtab.head import Head
 from trimtab.policy import Completions, Cost, Prompt
-from trimtab.sampling import Sampling, uniforms
+from trimtab.sampling import Sampling
 from trimtab.session import Session
+from trimtab.stepping import answer as answer_prompts
 
 
 class LM:
@@ -150,11 +150,13 @@ class LM:
 
     # numbers
 
-    def session(self, prompts: Sequence[Sequence[int]], control: Control | None = None) -> Session:
-        """A `Session` after one prefill of the given token ids."""
+    def session(
+        self, prompts: Sequence[Sequence[int]], control: Control | None = None, meter: Cost | None = None
+    ) -> Session:
+        """A `Session` after one prefill of the given token ids; what it forwards is charged to `meter`."""
         if control is not None:
             control.check(self.model)
-        session = Session(self, prompts, control)
+        session = Session(self, prompts, control, meter)
         self._check_head(list(prompts[0]))
         return session
 
@@ -183,38 +185,21 @@ class LM:
 
         observer sees every step (see `generation.Step`; its rows number the rows of the result).
         """
-        start = time.perf_counter()
-        encoded = self.encode(prompts)
         if control is not None:
             control.check(self.model)
-        each, steps = sampling.samples, sampling.max_new_tokens
-        uniform = uniforms(len(prompts) * each, steps, sampling.seed)
-        drawn: list[Drawn] = []
-        forwarded = 0
-        per_prefill = max(1, self.batch_rows // each)
-        for first in range(0, len(prompts) if steps else 0, per_prefill):
-            prefill = self.session(encoded[first : first + per_prefill], control)
-            forwarded += prefill.tokens_forwarded
-            owners = [row for row in range(prefill.rows) for _ in range(each)]
-            for at in range(0, len(owners), self.batch_rows):
-                part = owners[at : at + self.batch_rows]
-                session = prefill if each == 1 else prefill.fork(part)
-                before = session.tokens_forwarded
-                offset = first * each + at
-                watch = None if observer is None else _shifted(observer, offset)
-                drawn.append(sample(session, sampling, uniform[offset : offset + len(part)], watch))
-                forwarded += session.tokens_forwarded - before
-        if not steps:
-            drawn = [Drawn([[] for _ in uniform], [[] for _ in uniform], [False] * len(uniform))]
-        tokens = [row for part in drawn for row in part.tokens]
-        return Completions(
-            prompts=[prompt for prompt in prompts for _ in range(each)],
-            texts=[cut_at(self.decode(row), sampling.stop) for row in tokens],
-            tokens=tokens,
-            logprobs=[row for part in drawn for row in part.logprobs],
-            finish_reasons=["stop" if ended else "length" for part in drawn for ended in part.stopped],
-            cost=Cost({self.name: forwarded}, 0, time.perf_counter() - start),
+        encoded, meter = self.encode(prompts), Cost()
+        return answer_prompts(
+            self, lambda part: self.session(encoded[part], control, meter), prompts, sampling, meter, observer
         )
+
+    @property
+    def lm(self) -> LM:
+        """Whose tokens this policy draws: its own."""
+        return self
+
+    def open(self, prompts: Sequence[Prompt], sampling: Sampling, meter: Cost) -> Session:
+        """A session after one prefill of the prompts, its cost on `meter`: what makes a policy steppable."""
+        return self.session(self.encode(prompts), None, meter)
 
     @torch.no_grad()
     def hidden_states(
@@ -288,9 +273,3 @@ def local_folder(name: str) -> Path | None:
     if name.count("/") > 1 or name.startswith((".", "~", os.sep)):
         raise UsageError(f"there is no model folder {name!r}")
     return None
-
-
-def _shifted(observer: Observer, offset: int) -> Observer:
-    from dataclasses import replace
-
-    return lambda step: observer(replace(step, rows=step.rows + offset))

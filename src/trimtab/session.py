@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from trimtab.attention import additive
 from trimtab.control import Control
 from trimtab.errors import UsageError
+from trimtab.policy import Cost
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -83,10 +84,16 @@ class Session:
     hidden    [B, D] final hidden state at each row's last position, before any edit
     edited    [B, D] the same after the control's edit (`hidden` itself without one)
     logits    [B, V] float32 logits for the next token, from `edited`
+    base_logits [B, V] the same without the control; None where it edits inside the blocks (they are not computed then)
     tokens_forwarded   real tokens forwarded so far; a fork starts at 0, so that shared prefixes are counted once
+    meter     the `Cost` that every forwarded token is charged to, under the model's name; forks share it
     """
 
-    def __init__(self, lm: LM, prompts: Sequence[Sequence[int]], control: Control | None = None):
+    guided = False  # whether something besides the model shapes `logits` (see `guided.Guided`)
+
+    def __init__(
+        self, lm: LM, prompts: Sequence[Sequence[int]], control: Control | None = None, meter: Cost | None = None
+    ):
         refuse_recurrent(lm.model)
         if not prompts:
             raise UsageError("a session needs at least one prompt")
@@ -101,6 +108,7 @@ class Session:
         self.columns = 0
         self.lengths = torch.zeros(self.rows, dtype=torch.long)
         self.tokens_forwarded = 0
+        self.meter = Cost() if meter is None else meter
         self._ids = torch.zeros(self.rows, 0, dtype=torch.long)
         self._states: torch.Tensor | None = None
         self._edited: torch.Tensor | None = None
@@ -126,6 +134,10 @@ class Session:
     @property
     def logits(self) -> torch.Tensor:
         return self.lm.head(self.edited)
+
+    @property
+    def base_logits(self) -> torch.Tensor | None:
+        return None if self.inside is not None else self.lm.head(self.hidden)
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -171,7 +183,9 @@ class Session:
         self._store(chunk, states)
         self.lengths = self.lengths + counts
         self.columns += chunk.shape[1]
-        self.tokens_forwarded += int(counts.sum())
+        forwarded = int(counts.sum())
+        self.tokens_forwarded += forwarded
+        self.meter.tokens[self.lm.name] = self.meter.tokens.get(self.lm.name, 0) + forwarded
         self._edited = None
         if bool((counts < chunk.shape[1]).any()):
             self._realign(chunk.shape[1] - counts)
@@ -185,7 +199,7 @@ class Session:
         new.lm, new.columns, new.rows = self.lm, self.columns, len(index)
         new.inside, new.final, new._unhooked = self.inside, self.final, self._unhooked
         new.lengths, new.prompts = self.lengths[index], self.prompts[index]
-        new.tokens_forwarded = 0
+        new.tokens_forwarded, new.meter = 0, self.meter
         new._ids = self._ids[index, : self.columns]
         assert self._states is not None
         device = index.to(self._states.device)

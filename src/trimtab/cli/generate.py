@@ -12,7 +12,6 @@ from trimtab.cli.output import Progress, check_json, progress, text_stream, writ
 from trimtab.errors import UsageError
 from trimtab.policy import Completions, Policy, Prompt, prompt_text
 from trimtab.prompts import check_prompt, read_prompts
-from trimtab.spec import parse_spec
 
 EXAMPLES = """\
   trimtab generate pocket/base "Q: What colour is the sky?" --n 4
@@ -69,7 +68,7 @@ def _prompts(args: Namespace) -> list[Prompt]:
 
 def _policy(args: Namespace, prompts: list[Prompt], sampling: Any, say: Progress) -> Policy:
     from trimtab.lm import LM
-    from trimtab.policies import Workshop, check_policy
+    from trimtab.policies import Workshop, check_policy, needs_reward
     from trimtab.rewards import parse_reward
 
     if args.policy:
@@ -86,12 +85,6 @@ def _policy(args: Namespace, prompts: list[Prompt], sampling: Any, say: Progress
         # What has to be fitted is fitted on the prompts themselves, and not kept: `trimtab fit` keeps it.
         return Workshop(lm, reward, prompts, sampling.but(samples=1), progress=say).build(args.policy).policy
     return lm
-
-
-def needs_reward(policy: str) -> bool:
-    """Whether a policy cannot be built without a reward."""
-    name, options = parse_spec(policy)
-    return name not in ("base", "model") and "controller" not in options
 
 
 def _print(answers: Completions, samples: int) -> None:

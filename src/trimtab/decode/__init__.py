@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-METHODS = {"best-of-n": ("best_of_n", "BestOfN")}
+METHODS = {
+    "best-of-n": ("best_of_n", "BestOfN"),
+    "args": ("args", "Args"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from trimtab.card import Card
 from trimtab.errors import UsageError
 from trimtab.measure.kl import best_of_n_bound
-from trimtab.policy import Completions, Cost, Policy, Prompt
+from trimtab.policy import Completions, Policy, Prompt
 from trimtab.rewards import as_reward
 from trimtab.sampling import Sampling
 
@@ -61,6 +61,7 @@ class BestOfN:
 
     slug = "best-of-n"
     Config = BestOfNConfig
+    KNOB = "n"
 
     def __init__(self, policy: Policy, reward: Any, n: int = 8, name: str | None = None):
         self.policy, self.reward, self.config = policy, as_reward(reward), BestOfNConfig(n)
@@ -78,7 +79,7 @@ class BestOfN:
         if n == 1:
             return self.policy.generate(prompts, sampling)
         drawn = self.policy.generate(prompts, sampling.but(samples=sampling.samples * n))
-        scores = self.reward.score(drawn.prompts, drawn.texts)
+        scores = self.reward.score(drawn.prompts, drawn.texts, drawn.cost)
         groups = [range(first, first + n) for first in range(0, len(drawn), n)]
         judged = [-math.inf if (score := scores[row]) is None else score for row in range(len(scores))]
         chosen = [max(group, key=judged.__getitem__) for group in groups]
@@ -87,6 +88,5 @@ class BestOfN:
             {"rewards": [scores[row] for row in group], "chosen": row - group[0]}
             for group, row in zip(groups, chosen, strict=True)
         ]
-        kept.cost = drawn.cost + Cost(reward_calls=len(drawn))
         kept.cost.seconds = time.perf_counter() - start
         return kept

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import TrimtabError, UsageError
-from trimtab.policy import Prompt, prompt_text
+from trimtab.policy import Cost, Prompt, prompt_text
 from trimtab.spec import changed, format_spec
 
 
@@ -28,10 +28,14 @@ class Reward(ABC):
     """A score of (prompt, answer). Subclasses write `_score`; everything given back has been checked.
 
     slug: the NAME of the reward in `NAME[:key=value,...]`. failure: the error an exception in `_score` becomes.
+    on_prefixes: whether its score of an unfinished answer means something; methods that ask for one warn where not.
+    tokens_forwarded: tokens its own model has forwarded so far, 0 where it has none.
     """
 
     slug: ClassVar[str] = "reward"
     failure: ClassVar[type[TrimtabError]] = TrimtabError
+    on_prefixes: bool = True
+    tokens_forwarded: int = 0
 
     @abstractmethod
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
@@ -50,8 +54,10 @@ class Reward(ABC):
         )
         return digest(self.slug, config)
 
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], meter: Cost | None = None) -> list[float | None]:
         """One finite float or None (could not judge) a row; `prompts[i]` was answered by `texts[i]`.
+
+        The calls, and the tokens that the reward's own model forwards, are charged to `meter`.
 
         Raises `UsageError` naming the reward and the row for NaN, infinity, a wrong number of scores or a value that
         is no number, and `failure` (`UsageError` for a user's function) naming them for an exception inside the reward.
@@ -60,6 +66,7 @@ class Reward(ABC):
             raise UsageError(f"reward {self.name!r}: {len(prompts)} prompts but {len(texts)} texts; one each is needed")
         if not texts:
             return []
+        before = self.tokens_forwarded
         try:
             raw = self._score(prompts, texts)
         except TrimtabError:
@@ -67,6 +74,10 @@ class Reward(ABC):
         except Exception as error:
             row = self._failing_row(prompts, texts)
             raise self.failure(f"reward {self.name!r} raised {_say(error)} on {_where(row, prompts)}") from error
+        if meter is not None:
+            meter.reward_calls += len(texts)
+            if spent := self.tokens_forwarded - before:
+                meter.tokens[self.name] = meter.tokens.get(self.name, 0) + spent
         return self._checked(raw, prompts)
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -40,6 +40,7 @@ class Classifier(Reward):
     """Scores of an `AutoModelForSequenceClassification` folder, which is loaded at construction and never changed."""
 
     slug = "classifier"
+    on_prefixes = False
 
     path: Path  # a folder with config.json, safetensors and a tokenizer
     column: int | None = None  # which logit; needed where the head has more than one
@@ -82,6 +83,7 @@ class Classifier(Reward):
                 f"reward {self.name!r}: {cut} of {len(rows)} prompts were cut on the left to fit {self._limit} tokens"
             )
             warnings.warn(message, stacklevel=4)
+        self.tokens_forwarded += sum(map(len, rows))
         order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: len(rows[i]))
         out: list[float | None] = [None] * len(rows)
         for start in range(0, len(order), self.batch_size):
@@ -89,6 +91,45 @@ class Classifier(Reward):
             for i, value in zip(batch, self._forward([rows[i] for i in batch]).tolist(), strict=True):
                 out[i] = value
         return out
+
+    # ------------------------------------------------------------------ for prefix scoring
+
+    @property
+    def causal(self) -> bool:
+        """Whether a score depends on what stands before it alone: a decoder with a linear head on the last token."""
+        return self._head is not None
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def limit(self) -> int:
+        """Tokens of prompt and answer that fit."""
+        return self._limit
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [B, D] -> logits [B, labels], float32."""
+        assert self._head is not None
+        scores: torch.Tensor = self._head(hidden.float())
+        return scores
+
+    def shares_tokens(self, tokenizer: Any) -> bool:
+        """Whether token ids of `tokenizer` mean the same text here."""
+        same: bool = self._tokenizer.get_vocab() == tokenizer.get_vocab()
+        return same
+
+    def frame(self, prompt: Prompt) -> tuple[list[int], list[int]]:
+        """The token ids that stand before and after the answer to `prompt`."""
+        before, after = self._whole(prompt, _MARK).split(_MARK)
+        special = self.template is not None and not self._begins_itself(before)
+        ids = self._tokenizer(before, add_special_tokens=special)["input_ids"]
+        if special and ids and ids[-1] in (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id):
+            ids = ids[:-1]
+        tail = self._tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+        if self.append_eos and (not tail or tail[-1] != self._tokenizer.eos_token_id):
+            tail = [*tail, self._tokenizer.eos_token_id]
+        return ids, tail
 
     # ------------------------------------------------------------------ text to tokens
 
@@ -104,19 +145,25 @@ class Classifier(Reward):
         return ids, cut
 
     def _tokenize(self, prompt: Prompt, text: str) -> list[int]:
-        tokenizer = self._tokenizer
-        if self.template is not None:
-            slots = {"{prompt}": prompt_text(prompt), "{response}": text}
-            whole = _SLOT.sub(lambda slot: slots[slot.group()], self.template)
-            special = not (tokenizer.bos_token and whole.startswith(tokenizer.bos_token))
-        else:
-            turns: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": text}], tokenize=False)
-            special = False  # a chat template writes its own special tokens
+        tokenizer, whole = self._tokenizer, self._whole(prompt, text)
+        special = self.template is not None and not self._begins_itself(whole)
         ids: list[int] = tokenizer(whole, add_special_tokens=special)["input_ids"]
         if self.append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]
         return ids
+
+    def _whole(self, prompt: Prompt, text: str) -> str:
+        """Prompt and answer as one text: the template's, or the tokenizer's chat template."""
+        if self.template is not None:
+            slots = {"{prompt}": prompt_text(prompt), "{response}": text}
+            return _SLOT.sub(lambda slot: slots[slot.group()], self.template)
+        turns: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turns = [*turns, {"role": "assistant", "content": text}]
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+
+    def _begins_itself(self, whole: str) -> bool:
+        """Whether the text already holds its special tokens: a template may write the first one."""
+        return bool(self._tokenizer.bos_token and whole.startswith(self._tokenizer.bos_token))
 
     def _without_oldest(self, prompt: Prompt, count: int) -> Prompt:
         """The prompt without its first `count` tokens; of messages, the first that has text left is shortened."""
@@ -208,6 +255,7 @@ class Classifier(Reward):
 
 
 _SLOT = re.compile(r"\{prompt\}|\{response\}")
+_MARK = "\x00answer\x00"  # stands for the answer while a template is split around it
 
 
 def _pretrained(folder: Path, dtype: str) -> tuple[Any, Any]:

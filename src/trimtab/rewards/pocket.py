@@ -20,6 +20,7 @@ class PocketJudge(Reward):
     """
 
     slug = "pocket/judge"
+    on_prefixes = False
 
     aspect: Literal["score", "helpful", "honest", "harmless", "sentiment", "correct"] = "score"
     # the overall verdict, or one aspect of it
@@ -58,8 +59,15 @@ class PocketReward(Classifier):
         return self.slug
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
-        questions = [_question(p).strip().removeprefix("Q:").removesuffix("A:").strip() for p in prompts]
-        return super()._score([f"Q: {question}\nA:" for question in questions], [f" {text.strip()}" for text in texts])
+        return super()._score([_asked(prompt) for prompt in prompts], [f" {text.strip()}" for text in texts])
+
+    def frame(self, prompt: Prompt) -> tuple[list[int], list[int]]:
+        return super().frame(_asked(prompt))
+
+
+def _asked(prompt: Prompt) -> str:
+    """Any form of a question as the reward was trained on it."""
+    return f"Q: {_question(prompt).strip().removeprefix('Q:').removesuffix('A:').strip()}\nA:"
 
 
 def _question(prompt: Prompt) -> str:

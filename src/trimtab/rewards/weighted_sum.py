@@ -33,6 +33,14 @@ class WeightedSum(Reward):
         return "+".join(f"{weight:g}*{reward.name}" for weight, reward in self.terms)
 
     @property
+    def on_prefixes(self) -> bool:  # type: ignore[override]
+        return all(reward.on_prefixes for _, reward in self.terms)
+
+    @property
+    def tokens_forwarded(self) -> int:  # type: ignore[override]
+        return sum(reward.tokens_forwarded for _, reward in self.terms)
+
+    @property
     def fingerprint(self) -> str:
         return digest(self.slug, [(weight, reward.fingerprint) for weight, reward in self.terms])
 

@@ -108,8 +108,8 @@ def collect(
         chosen = [prompts[number] for number in numbers]
         draws = sampling.but(samples=1, seed=derive_seed(sampling.seed, "rollouts", first))
         answers = lm.generate(chosen, draws, control, part.observe)
-        part.finish(answers.tokens, answers.finish_reasons, reward.score(chosen, answers.texts))
-        answers.cost.reward_calls += len(numbers)
+        rewards = reward.score(chosen, answers.texts, answers.cost)
+        part.finish(answers.tokens, answers.finish_reasons, rewards)
         total = total + answers.cost
         parts.append(part)
         if progress is not None:

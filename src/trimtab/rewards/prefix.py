@@ -1,0 +1,166 @@
+"""The reward of unfinished answers, many candidates at a time: what token-by-token methods ask of a reward.
+
+    scorer = prefix_scorer(reward, lm, asked, meter)     # one row a prompt, answers still empty
+    scorer.score([0, 0, 1], [[5], [7], [5]])             # reward of row 0 + token 5, row 0 + token 7, row 1 + token 5
+    scorer.append(tokens)                                # the answers grow; fork, drop, rewind as a `Session` does
+
+Where the reward is a causal classifier with the model's own tokens, its key-value cache is kept beside the answer and
+forked for every candidate: a candidate costs its own tokens (2 k T tokens over an answer of T with k candidates, against
+k T^2 / 2 from scratch). Any other reward is given the decoded text of all candidates in one batch.
+
+The cached path reads token ids as the model wrote them. The text path reads their text, which the reward tokenizes
+anew: the two differ where a model spells a word in pieces that its tokenizer would not have chosen.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from trimtab import attention
+from trimtab.policy import Cost, Prompt
+from trimtab.rewards.base import Reward
+from trimtab.rewards.classifier import Classifier
+from trimtab.session import Session
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+ROWS = 512  # candidates forwarded together
+
+
+class UnfinishedText(UserWarning):
+    """A reward that was made for whole answers is asked about prefixes."""
+
+
+def prefix_scorer(
+    reward: Reward, lm: LM, asked: Sequence[Prompt], meter: Cost, cache: bool = True
+) -> CachedScorer | TextScorer:
+    """The fastest scorer that `reward` allows; `cache=False` asks for text. Tokens and calls are charged to `meter`."""
+    if cache and isinstance(reward, Classifier) and reward.causal and reward.shares_tokens(lm.tokenizer):
+        return CachedScorer(reward, lm, asked, meter)
+    return TextScorer(reward, lm, asked, meter)
+
+
+def warn_unfinished(reward: Reward, method: str) -> None:
+    """Say once a method that a reward made for whole answers is about to judge unfinished ones."""
+    if not reward.on_prefixes:
+        warnings.warn(
+            f"{method} asks {reward.name} about unfinished answers, which it was not made for: "
+            "its score of a prefix is not the reward to expect",
+            UnfinishedText,
+            stacklevel=3,
+        )
+
+
+class TextScorer:
+    """Scores the decoded text. lengths [B]: tokens of each answer so far."""
+
+    def __init__(self, reward: Reward, lm: LM, asked: Sequence[Prompt], meter: Cost):
+        self.reward, self.lm, self.asked, self.meter = reward, lm, list(asked), meter
+        self.answers: list[list[int]] = [[] for _ in asked]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return torch.tensor([len(answer) for answer in self.answers], dtype=torch.long)
+
+    def score(self, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[n] float32: the reward of row `rows[i]` continued by `continuations[i]`; NaN where it could not judge."""
+        texts = [self.lm.decode([*self.answers[row], *more]) for row, more in zip(rows, continuations, strict=True)]
+        scores = self.reward.score([self.asked[row] for row in rows], texts, self.meter)
+        return torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float32)
+
+    def append(self, tokens: torch.Tensor | Sequence[Sequence[int]]) -> None:
+        new = tokens[:, None].tolist() if isinstance(tokens, torch.Tensor) else tokens
+        self.answers = [[*answer, *more] for answer, more in zip(self.answers, new, strict=True)]
+
+    def fork(self, rows: Sequence[int]) -> Self:
+        new = type(self)(self.reward, self.lm, [self.asked[row] for row in rows], self.meter)
+        new.answers = [list(self.answers[row]) for row in rows]
+        return new
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        order = kept_order(len(self.answers), rows)
+        self.answers, self.asked = [self.answers[i] for i in order], [self.asked[i] for i in order]
+        return order
+
+    def rewind(self, lengths: torch.Tensor | Sequence[int]) -> None:
+        ends = torch.as_tensor(lengths).tolist()
+        self.answers = [answer[:end] for answer, end in zip(self.answers, ends, strict=True)]
+
+
+class CachedScorer:
+    """Scores token ids in the reward model's own session. lengths [B]: its tokens so far, the prompt's included."""
+
+    def __init__(self, reward: Classifier, lm: LM, asked: Sequence[Prompt], meter: Cost):
+        self.reward, self.ends, self.meter = reward, lm.eos_ids, meter
+        frames = [reward.frame(prompt) for prompt in asked]
+        self.suffixes = [after for _, after in frames]
+        body: Any = _Body(reward)
+        self.session = Session(body, [before for before, _ in frames], None, meter)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self.session.lengths
+
+    def score(self, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[n] float32, as `TextScorer.score`; NaN too where the text outgrows the reward model's context."""
+        more = [self._spoken(row, tokens) for row, tokens in zip(rows, continuations, strict=True)]
+        out = torch.full((len(more),), math.nan)
+        limit = self.session.lm.context_length
+        fits = [i for i, row in enumerate(rows) if limit is None or int(self.lengths[row]) + len(more[i]) <= limit]
+        self.meter.reward_calls += len(fits)
+        for first in range(0, len(fits), ROWS):
+            part = fits[first : first + ROWS]
+            fork = self.session.fork([rows[i] for i in part])
+            fork.append([more[i] for i in part])
+            out[part] = fork.logits[:, self.reward.column or 0].cpu()
+        return out
+
+    def _spoken(self, row: int, tokens: Sequence[int]) -> list[int]:
+        """What the reward reads after the row: an end token is not text, what its template puts after the answer is."""
+        return [*(token for token in tokens if token not in self.ends), *self.suffixes[row]]
+
+    def append(self, tokens: torch.Tensor | Sequence[Sequence[int]]) -> None:
+        self.session.append(tokens)
+
+    def fork(self, rows: Sequence[int]) -> Self:
+        new = object.__new__(type(self))
+        new.reward, new.ends, new.meter = self.reward, self.ends, self.meter
+        new.suffixes = [self.suffixes[row] for row in rows]
+        new.session = self.session.fork(rows)
+        return new
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        order = self.session.drop(rows)
+        self.suffixes = [self.suffixes[i] for i in order]
+        return order
+
+    def rewind(self, lengths: torch.Tensor | Sequence[int]) -> None:
+        self.session.rewind(lengths)
+
+
+class _Body:
+    """A classifier as `Session` wants its model: backbone, head [B, D] -> [B, labels], context."""
+
+    def __init__(self, reward: Classifier):
+        attention.adopt(reward.model)
+        self.model, self.name, self.device = reward.model, reward.name, reward.model.device
+        self.backbone, self.head = reward.model.base_model, reward.head
+        self.context_length = reward.limit
+        self.unembedding = reward.model.get_input_embeddings().weight  # for its dtype
+        self.takes_position_ids = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        self.takes_ready_mask = attention.takes_ready_mask(reward.model)
+
+
+def kept_order(count: int, dropped: Sequence[int]) -> list[int]:
+    """The old numbers of the rows that stay, as `Session.drop` orders them: the last ones fill the gaps."""
+    gone = set(dropped)
+    keep = [row for row in range(count) if row not in gone]
+    spare = [row for row in keep if row >= len(keep)]
+    return [row if row not in gone else spare.pop() for row in range(len(keep))]
