@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from trimtab.budget import Budget, Sized, build_sized
 from trimtab.divergence import divergences, same_tokens
 from trimtab.environment import environment
 from trimtab.errors import UsageError
 from trimtab.files import dump_json
 from trimtab.lm import LM
 from trimtab.memory import peak_memory
-from trimtab.policies import Built, Workshop, check_policy, input_digest
+from trimtab.policies import Built, Workshop, check_policy, input_digest, policy_key
 from trimtab.policy import Completions, Policy, Prompt, prompt_text
 from trimtab.rewards import as_reward, parse_reward
 from trimtab.run import RunDirectory
@@ -115,14 +118,17 @@ def run_compare(
     samples: int = 1,
     sweep: bool = False,
     coherence: bool = True,
+    budget: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build, measure, save. Writes compare.json, samples.jsonl, sweep.json and report.html into `out`.
 
-    Everything that can be refused is refused before anything is written.
+    budget: "tokens=N" or "kl=X" (see `trimtab.budget`). Everything that can be refused is refused before anything is
+    written.
     """
     for spec in policies:
         check_policy(spec)
+    limit = None if budget is None else Budget.parse(budget)
     proxy = parse_reward(reward)
     truth = None if gold is None else parse_reward(gold)
     lm = LM.load(model)
@@ -135,6 +141,7 @@ def run_compare(
         "model": model, "reward": reward, "gold": gold, "prompts": list(prompts), "policies": list(policies),
         "fit_prompts": None if fit_prompts is None else list(fit_prompts), "max_new_tokens": max_new_tokens,
         "temperature": temperature, "seed": seed, "samples": samples, "sweep": sweep, "coherence": coherence,
+        **({"budget": budget} if budget is not None else {}),
     }  # fmt: skip
     inputs = {"model": lm.fingerprint, "reward": proxy.fingerprint, "gold": truth.fingerprint if truth else ""}
     inputs |= {spec: found for spec in policies if (found := input_digest(spec))}
@@ -145,8 +152,11 @@ def run_compare(
         draws = sampling.but(samples=1, seed=derive_seed(seed, "fit"))
         workshop = Workshop(lm, proxy, fit_prompts or prompts, draws, run, progress)
         specs = ["base", *(spec for spec in policies if spec != "base")]
-        built = [workshop.build(spec) for spec in specs]
-        measured = [measure(setting, one, number) for number, one in enumerate(built)]
+        measured = []
+        for number, spec in enumerate(specs):
+            built, sized = _built(setting, workshop, spec, limit)
+            measured.append(measure(setting, built, number))
+            measured[-1].sized = sized
         result = _summary(setting, measured)
         run.save("samples.jsonl", "".join(dump_json(row, indent=None) for one in measured for row in one.rows))
         if sweep:
@@ -157,6 +167,23 @@ def run_compare(
         write_report(run.path)
         run.event("finished")
     return result
+
+
+def _built(setting: Setting, workshop: Workshop, spec: str, limit: Budget | None) -> tuple[Built, Sized | None]:
+    """A policy, sized to the budget where there is one; how it was sized is kept, so that a resumed run does not ask."""
+    if limit is None or spec == "base":
+        return workshop.build(spec), None
+    key = f"sized/{policy_key(spec)}"
+    known = setting.run.load_json(key) if setting.run is not None else None
+    if known is not None:
+        built = workshop.build(spec, known["changes"])
+        built.fit_tokens, built.fit_seconds = known["fit_tokens"], known["fit_seconds"]
+        return built, Sized(limit, known["changes"], known["note"])
+    built, sized = build_sized(workshop, spec, limit, workshop.prompts)
+    if setting.run is not None:
+        took = {"fit_tokens": built.fit_tokens, "fit_seconds": built.fit_seconds}
+        setting.run.save_json(key, {"changes": sized.changes, "note": sized.note, **took})
+    return built, sized
 
 
 def measure(setting: Setting, built: Built, number: int, prompts: int | None = None) -> Measured:
@@ -231,8 +258,9 @@ def _against_base(
     if not same_tokens(built.policy, base):  # another tokenizer: its answers are judged as text alone
         return [None] * len(answers), [None] * len(answers), traces
     if not hasattr(built.policy, "token_logprobs"):
-        logprobs = base.score(answers.prompts, answers.tokens)
-        return [None] * len(answers), [_mean(-one) for one in logprobs], traces
+        nll = [_mean(-one) for one in base.score(answers.prompts, answers.tokens)]
+        reported = [_mean(np.array(kl)) for kl in answers.kl or [[]] * len(answers)]
+        return reported, nll, traces
     found = divergences(built.policy, base, answers.prompts, answers.tokens, sampling)
     if built.controller is not None:
         wanted = [row for row in range(0, len(answers), sampling.samples) if first + row // sampling.samples < TRACED]

@@ -129,7 +129,7 @@ class Workshop:
         """A fit of a decoding or prompt method: made once, kept in the run directory with what it cost."""
         if key in self._kept:
             return self._kept[key]
-        name = "fits/" + re.sub(r"[^A-Za-z0-9]+", "-", key)[:40].strip("-") + "-" + _hash({"key": key})
+        name = f"fits/{policy_key(key)}"
         if self.run is not None and self.run.done(name):
             where = self.run.path / name
             self._kept[key] = load(where), Cost(**json.loads((where / "cost.json").read_text()))
@@ -272,6 +272,11 @@ def _refuse_under(slug: str, under: Built | None) -> None:
 
 def _cannot_wrap(slug: str, under: str) -> UsageError:
     return UsageError(f"{slug} works on the model itself: it can be wrapped, but not stand over {under!r}")
+
+
+def policy_key(spec: str) -> str:
+    """A name for files that belong to a spec."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", spec)[:40].strip("-") + "-" + _hash({"policy": spec})
 
 
 def _plain(config: Any) -> dict[str, Any]:

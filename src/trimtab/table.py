@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.budget import Sized
 from trimtab.measure.diversity import distinct
 from trimtab.measure.stats import Interval, mean_interval, paired_difference, verdict, win_rate
 from trimtab.policies import Built
@@ -24,6 +25,7 @@ class Measured:
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
     coherence: float | None = None
+    sized: Sized | None = None
 
     def add(self, chunk: dict[str, Any]) -> None:
         """One saved chunk. Token ids are kept apart: samples.jsonl has text."""
@@ -80,7 +82,21 @@ def policy_record(one: Measured, base: Measured, has_gold: bool) -> dict[str, An
             "fit_tokens": one.built.fit_tokens,
         },
         "settings": one.built.settings,
+        **_budget(one),
     }
+
+
+def _budget(one: Measured) -> dict[str, Any]:
+    """The row's `budget`, where the comparison has one: tokens an answer, or nats a token (a bound where only that)."""
+    if one.sized is None:
+        return {}
+    if one.sized.budget.kind == "tokens":
+        return {"budget": one.sized.record(one.tokens_forwarded / max(1, len(one.rows)))}
+    kl, lengths = _per_token(one, "kl"), one.column("length")
+    spent = None if kl is None else kl["mean"]
+    if spent is None and one.built.kl_bound is not None and lengths.sum():
+        spent = one.built.kl_bound / float(lengths.mean())
+    return {"budget": one.sized.record(spent)}
 
 
 def _per_token(one: Measured, key: str) -> dict[str, float | None] | None:

@@ -18,6 +18,8 @@ EXAMPLES = """\
   trimtab compare pocket/base --reward pocket/reward --gold pocket/judge --prompts prompts.jsonl \\
       --policy best-of-n:n=8 --policy re-control:step_size=3,steps=10 --policy natural-control:kl_target=0.05
   trimtab compare MODEL --reward sentiment --prompts openings.txt --policy natural-control --sweep
+  trimtab compare MODEL --reward sentiment --prompts p.txt --budget tokens=400 --policy best-of-n --policy qalign
+  trimtab compare MODEL --reward sentiment --prompts p.txt --policy "best-of-n:n=4 over natural-control"
   trimtab compare MODEL --reward length:target=30 --prompts p.txt --policy best-of-n:n=4 --json - > table.json
   trimtab compare MODEL --reward sentiment --prompts p.txt --policy re-control:controller=fits/mine"""
 
@@ -33,12 +35,18 @@ def run(words: list[str]) -> None:
         required=True,
         action="append",
         metavar="NAME[:key=value,...]",
-        help="a method (trimtab methods) with its options, or controller=DIR for a saved one; may be repeated",
+        help="a method (trimtab methods) with its options, or controller=DIR for a saved one; "
+        "'A over B' puts one on another; may be repeated",
     )
     parser.add_argument("--gold", metavar="NAME", help="a second score that no method sees: is the gain real?")
     parser.add_argument("--fit-prompts", metavar="FILE", help="prompts for fitting (default: those of --prompts)")
     parser.add_argument(
         "--sweep", action="store_true", help="also measure each steered policy over a range of strengths"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="tokens=N|kl=X",
+        help="size every policy to N tokens forwarded an answer (all models), or to a KL of X nats a token",
     )
     parser.add_argument("--no-coherence", action="store_true", help="leave out the measure that needs a text embedder")
     add_sampling(parser)
@@ -64,6 +72,7 @@ def run(words: list[str]) -> None:
         "temperature": args.temperature,
         "seed": args.seed,
         "samples": args.samples,
+        **({"budget": args.budget} if args.budget else {}),
     }
     compare_and_print(settings, Path(args.out) if args.out else default_out(settings), args.json)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.table import Table
@@ -30,6 +30,8 @@ def print_table(result: Mapping[str, Any], file: TextIO) -> None:
     else:
         console.print(_table(rows, _QUALITY))
         console.print(_table(rows, _COST))
+    for line in budget_lines(result["policies"]):
+        console.print(Text(line, style="yellow"))
     console.print(
         Text(
             "± is half of a 95% interval. Verdict: the paired difference to the base, by the gold score where there is "
@@ -37,6 +39,20 @@ def print_table(result: Mapping[str, Any], file: TextIO) -> None:
             style="dim",
         )
     )
+
+
+def budget_lines(policies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the table has to say about the budget: how each policy was sized, and which do not meet it."""
+    lines = []
+    for policy in policies:
+        if (budget := policy.get("budget")) is None:
+            continue
+        sized = ", ".join(f"{name}={value:.4g}" for name, value in budget["changes"].items()) or "as given"
+        state = {True: "meets", False: "does not meet", None: "cannot be held against"}[budget["met"]]
+        spent = "" if budget["spent"] is None else f" with {budget['spent']:.4g}"
+        note = f" ({budget['note']})" if budget["note"] else ""
+        lines.append(f"{policy['name']}: {sized} {state} {budget['kind']}={budget['amount']:g}{spent}{note}")
+    return lines
 
 
 def cells(policy: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:

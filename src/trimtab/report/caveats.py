@@ -28,6 +28,7 @@ def caveats(
     base = policies[0].name
     found = [
         *_judge(compare, samples, policies, base),
+        *_budget(compare),
         *_fit(compare, arguments),
         *_size(compare),
         *_verdicts(compare),
@@ -49,6 +50,17 @@ def _size(compare: dict[str, Any]) -> Iterator[Caveat]:
         f"All answers, and every fit, come from one seed ({compare.get('seed')}). The intervals cover the "
         "choice of prompts, not a refit or another draw.",
     )
+
+
+def _budget(compare: dict[str, Any]) -> Iterator[Caveat]:
+    """Rows that cannot be compared at the budget the others were sized to."""
+    for policy in compare["policies"]:
+        budget = policy.get("budget")
+        if budget and not budget["met"]:
+            unit = "tokens an answer" if budget["kind"] == "tokens" else "nats a token"
+            spent = "an unknown amount" if budget["spent"] is None else f"{budget['spent']:.4g}"
+            note = f" ({budget['note']})" if budget["note"] else ""
+            yield Caveat("Not at the budget", f"{policy['name']} spends {spent} of {budget['amount']:g} {unit}{note}.")
 
 
 def _fit(compare: dict[str, Any], arguments: dict[str, Any]) -> Iterator[Caveat]:
