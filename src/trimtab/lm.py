@@ -124,26 +124,29 @@ class LM:
         return rows
 
     def _encode_one(self, prompt: Prompt, number: int) -> list[int]:
-        template = getattr(self.tokenizer, "chat_template", None)
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise UsageError(f"prompt {number} is empty")
-        if template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            try:
-                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            except TemplateError as error:
-                raise UsageError(f"the chat template of {self.name} refuses prompt {number}: {error}") from error
+        text = self.render(prompt, number)
+        if getattr(self.tokenizer, "chat_template", None):
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not isinstance(prompt, str):
-            if len(prompt) != 1 or prompt[0]["role"] != "user":
-                raise UsageError(
-                    f"prompt {number} is a conversation and {self.name} has no chat template: give plain text"
-                )
-            prompt = prompt[0]["content"]
-        ids = list(self.tokenizer(prompt)["input_ids"])
+        ids = list(self.tokenizer(text)["input_ids"])
         if len(ids) > 1 and ids[0] == ids[1] == getattr(self.tokenizer, "bos_token_id", None):
             del ids[0]  # the text already began with it
         return ids[:-1] if len(ids) > 1 and ids[-1] in self.eos_ids else ids
+
+    def render(self, prompt: Prompt, number: int = 0) -> str:
+        """The text of a prompt as this model reads it: its chat template applied, where it has one."""
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise UsageError(f"prompt {number} is empty")
+        if getattr(self.tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            try:
+                return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            except TemplateError as error:
+                raise UsageError(f"the chat template of {self.name} refuses prompt {number}: {error}") from error
+        if isinstance(prompt, str):
+            return prompt
+        if len(prompt) != 1 or prompt[0]["role"] != "user":
+            raise UsageError(f"prompt {number} is a conversation and {self.name} has no chat template: give plain text")
+        return prompt[0]["content"]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)

@@ -8,6 +8,10 @@ from typing import Any
 METHODS = {
     "best-of-n": ("best_of_n", "BestOfN"),
     "args": ("args", "Args"),
+    "nudging": ("nudging", "Nudging"),
+    "proxy-tuning": ("proxy_tuning", "ProxyTuning"),
+    "ensemble": ("ensemble", "Ensemble"),
+    "core": ("core", "Core"),
 }
 
 
