@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from trimtab.divergence import same_tokens
 from trimtab.errors import UsageError
 
 Index = npt.NDArray[np.int64]
@@ -95,6 +96,9 @@ def union(main: Any, others: Sequence[Any]) -> list[Alignment]:
     indices = []
     for other in others:
         index = np.full(other.vocab_size, -1, dtype=np.int64)
+        if same_tokens(other, main):  # special tokens too
+            indices.append(np.arange(other.vocab_size))
+            continue
         for token, surface in enumerate(surfaces(other)):
             if surface:
                 if surface not in place:
@@ -120,6 +124,8 @@ def mined(main: Any, others: Sequence[Any]) -> list[Alignment]:
 
 
 def _mapped(main: Any, other: Any, place: Callable[[bytes], int]) -> Alignment:
+    if same_tokens(other, main):  # special tokens too
+        return Alignment(torch.arange(main.vocab_size), main.vocab_size, [])
     index = np.full(other.vocab_size, -1, dtype=np.int64)
     for token, surface in enumerate(surfaces(other)):
         if surface:
