@@ -7,7 +7,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: install quickstart test lint types tests docs readme pocket bench format clean
+.PHONY: install quickstart test lint types tests docs readme pocket bench shootout format clean
 
 install: .venv/.installed
 
@@ -52,7 +52,12 @@ pocket: install
 	$(BIN)/python -m trimtab.pocket.train
 
 bench: install
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/shootout%,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Every test-time method at three budgets on two models; resumes where it stopped.
+shootout: install
+	$(BIN)/python benchmarks/shootout.py
+	$(BIN)/python benchmarks/shootout_report.py
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache site dist build

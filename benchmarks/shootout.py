@@ -13,6 +13,8 @@ shootout_report.py.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,10 +34,11 @@ SIZED = [
     "majority-vote",
     "mbr",
     "mbr:weighted=true",
-    "infalign",
+    "infalign:draws=0",
     "qalign",
     "qalign:select=mbr",
     "args",
+    "args:select=sample",
     "cd-fudge",
     "cd-q",
     "cd-blockwise",
@@ -43,8 +46,8 @@ SIZED = [
     "deal",
     "best-of-n over natural-control",
 ]
-# What answers at one price.
-FIXED = ["natural-control", "re-control", "best-of-n:n=4 over natural-control"]
+# What answers at one price. args:weight=0 is greedy decoding: what every greedy method has for nothing.
+FIXED = ["args:weight=0", "natural-control", "re-control", "best-of-n:n=4 over natural-control"]
 ALIGNED = [  # with other models, or with a prompt of its own
     "nudging:nudger=pocket/nano",
     "proxy-tuning:expert=pocket/chat,anti=pocket/base,weight=0.5",
@@ -57,6 +60,8 @@ ALIGNED = [  # with other models, or with a prompt of its own
     "model:path=pocket/nano",
     "model:path=pocket/chat",
 ]
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the models are too small for two threads to be faster than one
 
 
 def worlds(quick: bool) -> dict[str, dict[str, Any]]:
@@ -95,20 +100,31 @@ def worlds(quick: bool) -> dict[str, dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few prompts and one budget")
-    parser.add_argument("--only", metavar="WORLD", help="pocket or stories")
+    parser.add_argument(
+        "--only", metavar="WORLD", help="pocket or stories; default: both, each in a process of its own"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "shootout")
     args = parser.parse_args()
-    out = args.out.with_name(args.out.name + "-quick") if args.quick else args.out
     start = time.perf_counter()
-    for name, world in worlds(args.quick).items():
-        if args.only in (None, name):
-            budgets, sized, fixed = world.pop("budgets"), world.pop("sized"), world.pop("fixed")
-            for budget, policies in [(None, fixed), *((f"tokens={tokens}", sized) for tokens in budgets)]:
-                folder = out / f"{name}-{(budget or 'fixed').replace('=', '-')}"
-                began = time.perf_counter()
-                run_compare(policies=policies, out=folder, budget=budget, coherence=False, progress=say, **world)
-                print(f"{folder.name}: {time.perf_counter() - began:.0f} s", flush=True)
-    print(f"all: {time.perf_counter() - start:.0f} s")
+    if args.only is None:
+        running = [
+            subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:], "--only", name], env={**os.environ, **ONE_THREAD}
+            )
+            for name in worlds(args.quick)
+        ]
+        failed = [process.args for process in running if process.wait()]
+        print(f"all: {time.perf_counter() - start:.0f} s")
+        return 1 if failed else 0
+    world = worlds(args.quick)[args.only]
+    out = args.out.with_name(args.out.name + "-quick") if args.quick else args.out
+    budgets, sized, fixed = world.pop("budgets"), world.pop("sized"), world.pop("fixed")
+    for budget, policies in [(None, fixed), *((f"tokens={tokens}", sized) for tokens in budgets)]:
+        folder = out / f"{args.only}-{(budget or 'fixed').replace('=', '-')}"
+        began = time.perf_counter()
+        run_compare(policies=policies, out=folder, budget=budget, coherence=False, progress=say, **world)
+        print(f"{folder.name}: {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"{args.only}: {time.perf_counter() - start:.0f} s", flush=True)
     return 0
 
 

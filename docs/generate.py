@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import json
 import os
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
@@ -18,6 +19,8 @@ from mkdocs.structure.files import File, Files
 
 from trimtab import catalogue, cli
 from trimtab.card import Card
+from trimtab.policies import layers
+from trimtab.spec import parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +30,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"trimtab": "index.md"},
         {"Methods": ["methods/index.md", *(f"methods/{slug}.md" for slug in catalogue.METHODS)]},
+        {"The shoot-out": "shootout.md"},
         {"Natural Control, measured": "natural-control.md"},
         {"Commands": "commands.md"},
         {"Resuming, files and errors": "runs.md"},
@@ -77,6 +81,8 @@ def _method(card: Card) -> str:
     parts = [f"# {card.name}", card.summary, f"Paper: {card.paper}. Status: {', '.join(card.status)}."]
     if card.example:
         parts.append(f"```bash\n{card.example}\n```")
+    if card.choose:
+        parts.append(f"## When to choose it\n\n{card.choose}")
     facts = {
         "goal": card.goal,
         "mechanism": card.mechanism,
@@ -98,8 +104,42 @@ def _method(card: Card) -> str:
     ]
     if options:
         parts.append("## Options\n\n" + "\n".join(["| option | type | default | |", "|---|---|---|---|", *options]))
+    if measured := _measured(card.slug):
+        parts.append(measured)
     parts.append(f"## How it works\n\n```text\n{inspect.getdoc(module)}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _measured(slug: str) -> str:
+    """The method's rows of the shoot-out, beside the model's own and best-of-n's at the same budget."""
+    path = ROOT / "benchmarks" / "results" / "shootout.json"
+    if not path.exists():
+        return ""
+    rows = []
+    for world, entry in json.loads(path.read_text()).items():
+        for budget, policies in entry["budgets"].items():
+            names = [name for name in policies if any(parse_spec(part)[0] == slug for part in layers(name))]
+            for name in ["base", "best-of-n", *names] if names else []:
+                if name in policies and name in dict.fromkeys(["base", "best-of-n", *names]):
+                    one = policies[name]
+                    sized = ", ".join(
+                        f"{key}={value:.3g}" for key, value in (one["budget"] or {"changes": {}})["changes"].items()
+                    )
+                    cells = (f"`{name}`{f' ({sized})' if sized else ''}", _figure(one["reward"]), _figure(one["gold"]))
+                    rows.append(_row(world, budget if budget != "0" else "-", *cells, f"{one['tokens']:.0f}"))
+    if not rows:
+        return ""
+    head = ["| model | budget | policy | reward | gold | tokens |", "|---|---|---|---|---|---|"]
+    lines = "\n".join([*head, *dict.fromkeys(rows)])
+    note = "From the [shoot-out](../shootout.md): ± is half of a 95 % interval, tokens are those of every model, an answer."
+    return f"## Measured\n\n{lines}\n\n{note}"
+
+
+def _figure(interval: dict[str, float | None] | None) -> str:
+    if interval is None or interval["mean"] is None:
+        return "-"
+    half = "?" if interval["low"] is None else f"{(interval['high'] - interval['low']) / 2:.2f}"  # type: ignore[operator]
+    return f"{interval['mean']:.2f} ±{half}"
 
 
 def _commands() -> str:

@@ -58,6 +58,7 @@ class Card:
     """One method's record. `needs`, `limits` and `risks` are sentences; `*_forwards` count model forwards.
 
     infer_multiplier is tokens forwarded per answer relative to plain decoding, as a formula in the method's own keys.
+    choose: when to take this method and not another, in a sentence or two.
     status: `implemented`, `verified_cpu` (every oracle test of its spec passes on a CPU), `verified_gpu`.
     """
 
@@ -84,6 +85,7 @@ class Card:
     modality: tuple[str, ...] = ("text",)
     status: tuple[str, ...] = ("implemented",)
     example: str = ""
+    choose: str = ""
 
     def __post_init__(self) -> None:
         for key in ("goal", "stage", "mechanism", "access", "produces"):

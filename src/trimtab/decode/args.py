@@ -51,6 +51,9 @@ CARD = Card(
     risks=("over-optimisation of a proxy reward, token by token",),
     composes_with=("best-of-n", "natural-control", "re-control"),
     conflicts=("rewards that only understand whole answers",),
+    choose="When the reward makes sense of unfinished text (a keyword, a tone, a classifier trained on prefixes) "
+    "and no fit is wanted. Not for rewards that only judge whole answers: a learnt value (cd-fudge) or a "
+    "lookahead (transfer-q, deal) is right there.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/base --reward pocket/reward --prompts prompts.txt --policy args:k=10,weight=1",
 )

@@ -41,6 +41,9 @@ CARD = Card(
     limits=("needs the reward at answering time", "gain grows only with log n"),
     risks=("over-optimisation of a proxy reward at large n",),
     composes_with=("natural-control", "re-control", "pref-ctrl", "static-re", "steering-vector"),
+    choose="The first thing to try when a reward is at hand: no fit, no access to the model's insides, and hard "
+    "to beat at a few samples. Take another method when the reward is imperfect and the budget large (it "
+    "over-optimises), or when each answer must cost one.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/base --reward pocket/reward --prompts prompts.txt --policy best-of-n:n=8",
 )

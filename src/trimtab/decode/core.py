@@ -20,6 +20,8 @@ CARD = replace(
     paper="arXiv 2510.13855",
     summary="A token ensemble that trusts members which agree and are sure, and doubts tokens they disagree on.",
     risks=("an assistant that is wrong and sure still counts for up to half",),
+    choose="When an ensemble's members differ in skill or their tokens match badly: it is harder to pull down "
+    "than the plain average, at the same cost.",
     example="trimtab compare pocket/base --reward pocket/reward --gold pocket/judge --prompts prompts.txt "
     "--policy core:models=pocket/nano --policy ensemble:models=pocket/nano",
 )

@@ -59,6 +59,8 @@ CARD = Card(
     limits=("an alignment that is not exact loses or misplaces probability: see byte-level for the exact way",),
     risks=("one weak member pulls the average below the best single model",),
     composes_with=("best-of-n", "qalign", "natural-control"),
+    choose="When several models of similar skill are at hand and one answer should draw on all. With unequal "
+    "members, core; where tokens do not match, byte-level is exact and this is not.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/base --reward pocket/reward --gold pocket/judge --prompts prompts.txt "
     "--policy ensemble:models=pocket/nano --policy ensemble:models=pocket/nano,align=unite",

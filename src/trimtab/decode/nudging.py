@@ -56,6 +56,9 @@ CARD = Card(
     limits=("languages without spaces: every draft is a nudge",),
     risks=("a nudger that writes most of the answer: then it is the nudger's",),
     composes_with=("best-of-n", "natural-control"),
+    choose="When a strong base model knows the facts and a small aligned model, of any family, knows the "
+    "manners, and nothing may be trained. With one vocabulary and strength as a dial, proxy tuning; with "
+    "models of equal skill, an ensemble.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/base --reward pocket/reward --gold pocket/judge --prompts prompts.txt "
     "--policy nudging:nudger=pocket/nano --policy model:path=pocket/nano",

@@ -44,6 +44,8 @@ CARD = Card(
     cost_metrics=("tokens_forwarded_per_answer", "kl_per_token"),
     limits=("one vocabulary for all three models",),
     composes_with=("best-of-n", "qalign", "natural-control"),
+    choose="When a small model was tuned, a large one with the same tokens was not, and the strength of the "
+    "tuning should be a dial. Across tokenizers, nudging.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/base --reward pocket/reward --gold pocket/judge --prompts prompts.txt "
     "--policy proxy-tuning:expert=pocket/chat,anti=pocket/base,weight=0.5",
