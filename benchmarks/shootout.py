@@ -36,7 +36,7 @@ SIZED = [
     "mbr:weighted=true",
     "infalign:draws=0",
     "qalign",
-    "qalign:select=mbr",
+    "qalign:beta=0.5,select=last",
     "args",
     "args:select=sample",
     "cd-fudge",
