@@ -54,14 +54,17 @@ def test_the_largest_whole_number_within(cost: Any, amount: float) -> None:
     if cost(1) > amount:
         assert found == 1 and "even at its least" in note
         return
-    assert cost(found) <= amount
+    assert found is not None and cost(found) <= amount
     best = max(n for n in range(1, 1025) if cost(n) <= amount)
     assert found >= 0.97 * best - 1  # secants on a curve may stop just short of the largest
     assert len(calls) <= 12
 
 
-def test_a_knob_that_costs_nothing_stays_at_its_least() -> None:
-    assert _largest_whole(lambda n: 20.0, 100)[0] == 1
+def test_a_knob_that_costs_nothing_stays_as_it_is(shop: Workshop) -> None:
+    """ARGS with a reward on text: more candidates are more reward calls, not more tokens."""
+    assert _largest_whole(lambda n: 20.0, 100)[0] is None
+    built, sized = build_sized(shop, "args", Budget("tokens", 100), PROMPTS)
+    assert built.settings["k"] == 10 and sized.changes == {} and "does not rise" in sized.note
 
 
 def test_the_largest_dial_within() -> None:

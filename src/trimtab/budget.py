@@ -103,10 +103,11 @@ def build_sized(shop: Workshop, spec: str, budget: Budget, prompts: Sequence[Pro
     pilot = _Pilot(shop, spec, budget, prompts)
     search = _largest_whole if knob == getattr(cls, "KNOB", None) else _largest
     value, note = search(lambda value: pilot.spent({knob: value}), budget.amount)
-    built = shop.build(spec, {knob: value})
+    changes = {} if value is None else {knob: value}
+    built = shop.build(spec, changes)
     built.fit_tokens += pilot.tokens
     built.fit_seconds += pilot.seconds
-    return built, Sized(budget, {knob: value}, note)
+    return built, Sized(budget, changes, note)
 
 
 def _controller(shop: Workshop, spec: str, options: dict[str, str], budget: Budget) -> tuple[Built, Sized]:
@@ -158,18 +159,19 @@ def kl_per_token(built: Built, shop: Workshop, answers: Any, sampling: Sampling)
     return math.inf if built.kl_bound is None else built.kl_bound * len(answers) / max(1, length)
 
 
-def _largest_whole(spent: Callable[[int], float], amount: float) -> tuple[int, str]:
+def _largest_whole(spent: Callable[[int], float], amount: float) -> tuple[int | None, str]:
     """The largest whole number of 1 or more whose spending is within the amount, by secants; and a note.
 
-    Spending is taken to rise with the number, roughly in proportion (n answers cost n times one, less the prompt).
+    Spending is taken to rise with the number, roughly in proportion (n answers cost n times one, less the prompt). None
+    where it does not rise: then the budget has no say in it.
     """
     one = spent(1)
     if one > amount:
         return 1, "takes more than the budget even at its least"
     low, low_cost = 1, one
     high, high_cost = 2, spent(2)
-    if high_cost <= one:
-        return 1, "its cost does not rise with it: left at its least"
+    if high_cost <= 1.02 * one and spent(16) <= 1.1 * one:
+        return None, "its cost does not rise with its knob, which stays as it is"
     for _ in range(TRIES):
         if high_cost <= amount:
             slope = (high_cost - low_cost) / (high - low)
@@ -193,7 +195,7 @@ def _largest_whole(spent: Callable[[int], float], amount: float) -> tuple[int, s
     return low, ""
 
 
-def _largest(spent: Callable[[float], float], amount: float) -> tuple[float, str]:
+def _largest(spent: Callable[[float], float], amount: float) -> tuple[float | None, str]:
     """The largest dial of 0 or more whose spending is within the amount, to 2 %; and a note."""
     low, high = 0.0, 1.0
     while spent(high) <= amount:

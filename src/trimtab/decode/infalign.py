@@ -69,6 +69,8 @@ CARD = Card(
     ),
     risks=("over-optimisation of a proxy reward at large strength",),
     composes_with=("best-of-n", "natural-control", "re-control", "pref-ctrl", "static-re", "steering-vector"),
+    choose="When best-of-n (or a worst-of-n attacker) will run on top: it spends the same KL where that "
+    "procedure looks. For a single draw, plain calibration (transform=identity) or best-of-n itself.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/base --reward pocket/reward --prompts prompts.txt --policy infalign:n=8,strength=5",
 )

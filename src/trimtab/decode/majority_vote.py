@@ -41,6 +41,8 @@ CARD = Card(
     limits=("open-ended answers rarely agree: there the first draw is given",),
     risks=("a common mistake wins",),
     composes_with=("natural-control", "re-control", "pref-ctrl", "static-re", "steering-vector"),
+    choose="When answers can be compared as keys (a number, a choice, a short text) and there is no reward to "
+    "trust: it costs n answers and asks for nothing. For open text, mbr.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/base --reward pocket/judge --prompts sums.txt --policy majority-vote:n=8,extract=number",
 )

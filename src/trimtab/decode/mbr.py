@@ -43,6 +43,8 @@ CARD = Card(
     limits=("likeness is shared tokens, not shared meaning",),
     risks=("prefers the typical answer: less diverse, and a common mistake wins",),
     composes_with=("natural-control", "re-control", "pref-ctrl", "static-re", "steering-vector"),
+    choose="When answers are open text and the most typical of n is better than the best by an imperfect reward; "
+    "weighted=true brings the reward in. With answer keys, majority-vote.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/base --reward pocket/reward --prompts prompts.txt --policy mbr:n=8",
 )
