@@ -18,7 +18,7 @@ import tokenize
 import typing
 from typing import Any, NamedTuple
 
-from trimtab import decode, spec, steer
+from trimtab import decode, prompt, spec, steer
 from trimtab.card import Card
 from trimtab.errors import TrimtabError, unknown
 
@@ -26,6 +26,7 @@ from trimtab.errors import TrimtabError, unknown
 METHODS: dict[str, str] = {
     **{slug: f"trimtab.steer.{module}:{name}" for slug, (module, name) in steer.METHODS.items()},
     **{slug: f"trimtab.decode.{module}:{name}" for slug, (module, name) in decode.METHODS.items()},
+    **{slug: f"trimtab.prompt.{module}:{name}" for slug, (module, name) in prompt.METHODS.items()},
 }
 PLUGINS = "trimtab.methods"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,26 +45,40 @@ class Drawn:
 
 
 @torch.no_grad()
-def sample(session: Any, sampling: Sampling, uniform: torch.Tensor, observer: Observer | None = None) -> Drawn:
+def sample(
+    session: Any,
+    sampling: Sampling,
+    uniform: torch.Tensor,
+    observer: Observer | None = None,
+    begun: Sequence[Sequence[int]] | None = None,
+    aside: list[tuple[list[int], Any]] | None = None,
+) -> Drawn:
     """Continue every row of `session` until an end token, a stop string, `max_new_tokens` or a full context.
 
     uniform [B, max_new_tokens]: the random numbers (see `sampling.draw`). Rows that finish are dropped from the session
     at once: they are neither forwarded nor edited again. session: a `Session` or a `Guided` one; it is used up.
+
+    begun: the tokens of each row's answer that the session holds already. They count toward `max_new_tokens` and the
+    stop strings, and lead `Drawn.tokens`; log-probabilities and KL are those of the tokens drawn here.
+    aside: gets the rows that end, in the order they do: their numbers and a fork of the session that holds them.
     """
     lm, count, steps = session.lm, session.rows, sampling.max_new_tokens
-    tokens = torch.zeros(count, steps, dtype=torch.long)
+    begun = begun or [[]] * count
+    tokens = torch.tensor([[*row, *[0] * (steps - len(row))] for row in begun], dtype=torch.long)
     logprob, kl = torch.zeros(count, steps), torch.full((count, steps), torch.nan)
-    lengths = torch.zeros(count, dtype=torch.long)
+    starts = torch.tensor([len(row) for row in begun], dtype=torch.long)
+    lengths = starts.clone()
     stopped = torch.zeros(count, dtype=torch.bool)
     rows = torch.arange(count)
     ends = torch.tensor(sorted(lm.eos_ids), dtype=torch.long)
     needs_ids = sampling.repetition_penalty != 1
     # at temperature 0 the distribution drawn from is a point, and its KL is -log p(token)
     with_kl, softmax = session.guided, Sampling(temperature=sampling.temperature or 1.0)
+    full = lengths >= steps
     if lm.context_length is not None:
-        full = session.lengths >= lm.context_length
-        if bool(full.any()):
-            rows = rows[session.drop(full.nonzero()[:, 0].tolist())]
+        full = full | (session.lengths >= lm.context_length)
+    if bool(full.any()):
+        rows = rows[session.drop(full.nonzero()[:, 0].tolist())]
     for step in range(steps):
         if session.rows == 0:
             break
@@ -83,27 +97,34 @@ def sample(session: Any, sampling: Sampling, uniform: torch.Tensor, observer: Ob
             # copies: the session's buffers move rows when answers end
             observer(Step(rows, session.hidden.clone(), session.edited.clone(), logprobs, drawn))
         drawn = drawn.cpu()
-        tokens[rows, step], logprob[rows, step] = drawn, chosen
+        tokens[rows, lengths[rows]], logprob[rows, step] = drawn, chosen
         lengths[rows] += 1
         ended = torch.isin(drawn, ends)
         for at in _hits(lm.decode, tokens, lengths, rows, sampling.stop):
             ended[at] = True
         stopped[rows] = ended
+        ended = ended | (lengths[rows] >= steps)
         if lm.context_length is not None:
             ended = ended | (session.lengths + 1 >= lm.context_length)
-        if step + 1 == steps:
-            break
         if bool(ended.any()):
-            order = session.drop(ended.nonzero()[:, 0].tolist())
+            gone = ended.nonzero()[:, 0].tolist()
+            if aside is not None:
+                aside.append((rows[gone].tolist(), session.fork(gone)))
+            order = session.drop(gone)
             rows, drawn = rows[order], drawn[order]
         if session.rows:
             session.append(drawn)
     return Drawn(
-        [row[:length].tolist() for row, length in zip(tokens, lengths.tolist(), strict=True)],
-        [row[:length].tolist() for row, length in zip(logprob, lengths.tolist(), strict=True)],
+        _rows(tokens, lengths),
+        _rows(logprob, lengths - starts),
         stopped.tolist(),
-        [row[:length].tolist() for row, length in zip(kl, lengths.tolist(), strict=True)] if with_kl else None,
+        _rows(kl, lengths - starts) if with_kl else None,
     )
+
+
+def _rows(columns: torch.Tensor, lengths: torch.Tensor) -> list[list[Any]]:
+    """The first `lengths[i]` entries of every row [B, T]."""
+    return [row[:length] for row, length in zip(columns.tolist(), lengths.tolist(), strict=True)]
 
 
 def _hits(

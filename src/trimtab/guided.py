@@ -32,6 +32,13 @@ class Companion(Protocol):
     def rewind(self, lengths: torch.Tensor) -> None: ...
 
 
+def bottom(session: Any) -> Any:
+    """The model's own session under any number of guided ones."""
+    while session.guided:
+        session = session.inner
+    return session
+
+
 class Guided:
     """See the module.
 

@@ -6,12 +6,25 @@ import importlib
 from typing import Any
 
 METHODS = {
+    # among whole answers
     "best-of-n": ("best_of_n", "BestOfN"),
+    "majority-vote": ("majority_vote", "MajorityVote"),
+    "mbr": ("mbr", "MBR"),
+    "infalign": ("infalign", "InfAlign"),
+    "qalign": ("qalign", "QAlign"),
+    # token by token, by a reward
     "args": ("args", "Args"),
+    "cd-fudge": ("cd_fudge", "CdFudge"),
+    "cd-q": ("cd_q", "CdQ"),
+    "cd-blockwise": ("cd_blockwise", "CdBlockwise"),
+    "transfer-q": ("transfer_q", "TransferQ"),
+    "deal": ("deal", "Deal"),
+    # with other models
     "nudging": ("nudging", "Nudging"),
     "proxy-tuning": ("proxy_tuning", "ProxyTuning"),
     "ensemble": ("ensemble", "Ensemble"),
     "core": ("core", "Core"),
+    "byte-level": ("byte_level", "ByteLevel"),
 }
 
 

@@ -29,7 +29,7 @@ class Candidates(Guided):
     k       tokens weighed; 0: all of them. A k over the vocabulary is the vocabulary
     weight  of the bonus against the log-probability; 0 is the inner session itself
     greedy  the best candidate takes all the probability
-    kl_cap  nats a token that KL(guided || inner), both at `temperature`, never exceeds; none: no cap
+    kl_cap  nats a token that KL(guided || inner), both at `temperature`, never exceeds; 0 is the inner session too
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class Candidates(Guided):
         **companions: Companion,
     ):
         super().__init__(inner, asked, **companions)
+        if kl_cap is not None and not temperature:
+            raise UsageError("kl_cap needs a temperature above 0: the KL of a certain choice is what its token costs")
         self.k, self.weight, self.greedy, self.kl_cap = k, weight, greedy, kl_cap
         self.temperature = temperature or 1.0
 
@@ -52,11 +54,10 @@ class Candidates(Guided):
         raise NotImplementedError
 
     def guide(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.weight == 0:
+        if self.weight == 0 or self.kl_cap == 0:
             return _best(logits) if self.greedy else logits
         logprobs = logits.log_softmax(-1)  # [B, V]
-        k = min(self.k or logits.shape[-1], logits.shape[-1])
-        base, tokens = logprobs.topk(k, -1)  # [B, k]
+        base, tokens = _likeliest(logprobs, self.k)  # [B, k]
         bonus = unjudged_last(self.bonus(tokens).to(base))
         cut = torch.full_like(logprobs, -torch.inf)
         if self.kl_cap is None:
@@ -111,6 +112,15 @@ def capped(
         low, high = torch.where(under, middle, low), torch.where(under, high, middle)
     scale = torch.where(whole, torch.ones_like(low), low)
     return torch.where(allowed(scale)[:, None], guided(scale), logprobs)
+
+
+def _likeliest(logprobs: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and numbers of the k likeliest tokens, [B, k] each; all of them in their own order for k = 0."""
+    size = logprobs.shape[-1]
+    if not 0 < k < size:
+        return logprobs, torch.arange(size, device=logprobs.device).expand(logprobs.shape)
+    base, tokens = logprobs.topk(k, -1)
+    return base, tokens
 
 
 def _best(logits: torch.Tensor) -> torch.Tensor:

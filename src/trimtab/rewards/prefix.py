@@ -41,9 +41,14 @@ class UnfinishedText(UserWarning):
 def prefix_scorer(
     reward: Reward, lm: LM, asked: Sequence[Prompt], meter: Cost, cache: bool = True
 ) -> CachedScorer | TextScorer:
-    """The fastest scorer that `reward` allows; `cache=False` asks for text. Tokens and calls are charged to `meter`."""
+    """The fastest scorer that `reward` allows; `cache=False` asks for text. Tokens and calls are charged to `meter`.
+
+    Prompts that do not fit into the reward model's context go as text too: there their beginning can be cut.
+    """
     if cache and isinstance(reward, Classifier) and reward.causal and reward.shares_tokens(lm.tokenizer):
-        return CachedScorer(reward, lm, asked, meter)
+        frames = [reward.frame(prompt) for prompt in asked]
+        if all(before and len(before) + len(after) < reward.limit for before, after in frames):
+            return CachedScorer(reward, lm, frames, meter)
     return TextScorer(reward, lm, asked, meter)
 
 
@@ -95,31 +100,37 @@ class TextScorer:
 
 
 class CachedScorer:
-    """Scores token ids in the reward model's own session. lengths [B]: its tokens so far, the prompt's included."""
+    """Scores token ids in the reward model's own session.
 
-    def __init__(self, reward: Classifier, lm: LM, asked: Sequence[Prompt], meter: Cost):
+    frames   the token ids that the reward reads before and after each row's answer
+    lengths  [B] tokens of each row so far, the prompt's included; the session holds those that its context has room for
+    """
+
+    def __init__(self, reward: Classifier, lm: LM, frames: Sequence[tuple[list[int], list[int]]], meter: Cost):
         self.reward, self.ends, self.meter = reward, lm.eos_ids, meter
-        frames = [reward.frame(prompt) for prompt in asked]
         self.suffixes = [after for _, after in frames]
         body: Any = _Body(reward)
         self.session = Session(body, [before for before, _ in frames], None, meter)
+        self.over = torch.zeros(len(frames), dtype=torch.long)  # [B] tokens beyond the context
 
     @property
     def lengths(self) -> torch.Tensor:
-        return self.session.lengths
+        return self.session.lengths + self.over
 
     def score(self, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> torch.Tensor:
         """[n] float32, as `TextScorer.score`; NaN too where the text outgrows the reward model's context."""
         more = [self._spoken(row, tokens) for row, tokens in zip(rows, continuations, strict=True)]
         out = torch.full((len(more),), math.nan)
-        limit = self.session.lm.context_length
-        fits = [i for i, row in enumerate(rows) if limit is None or int(self.lengths[row]) + len(more[i]) <= limit]
+        lengths, limit = self.lengths.tolist(), self.reward.limit
+        fits = [i for i, row in enumerate(rows) if lengths[row] + len(more[i]) <= limit]
         self.meter.reward_calls += len(fits)
-        for first in range(0, len(fits), ROWS):
-            part = fits[first : first + ROWS]
-            fork = self.session.fork([rows[i] for i in part])
-            fork.append([more[i] for i in part])
-            out[part] = fork.logits[:, self.reward.column or 0].cpu()
+        for width in sorted({len(more[i]) for i in fits}):  # rows of one width need no realignment of their cache
+            alike = [i for i in fits if len(more[i]) == width]
+            for first in range(0, len(alike), ROWS):
+                part = alike[first : first + ROWS]
+                fork = self.session.fork([rows[i] for i in part])
+                fork.append([more[i] for i in part])
+                out[part] = fork.logits[:, self.reward.column or 0].cpu()
         return out
 
     def _spoken(self, row: int, tokens: Sequence[int]) -> list[int]:
@@ -127,22 +138,29 @@ class CachedScorer:
         return [*(token for token in tokens if token not in self.ends), *self.suffixes[row]]
 
     def append(self, tokens: torch.Tensor | Sequence[Sequence[int]]) -> None:
-        self.session.append(tokens)
+        new = tokens[:, None].tolist() if isinstance(tokens, torch.Tensor) else tokens
+        room = (self.reward.limit - self.session.lengths).tolist()
+        kept = [list(row[:free]) for row, free in zip(new, room, strict=True)]
+        self.session.append(kept)
+        cut = [len(row) - len(some) for row, some in zip(new, kept, strict=True)]
+        self.over = self.over + torch.tensor(cut, dtype=torch.long)
 
     def fork(self, rows: Sequence[int]) -> Self:
         new = object.__new__(type(self))
         new.reward, new.ends, new.meter = self.reward, self.ends, self.meter
         new.suffixes = [self.suffixes[row] for row in rows]
-        new.session = self.session.fork(rows)
+        new.session, new.over = self.session.fork(rows), self.over[list(rows)]
         return new
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         order = self.session.drop(rows)
-        self.suffixes = [self.suffixes[i] for i in order]
+        self.suffixes, self.over = [self.suffixes[i] for i in order], self.over[order]
         return order
 
     def rewind(self, lengths: torch.Tensor | Sequence[int]) -> None:
-        self.session.rewind(lengths)
+        target, limit = torch.as_tensor(lengths, dtype=torch.long), self.reward.limit
+        self.session.rewind(target.clamp(max=limit))
+        self.over = (target - limit).clamp(min=0)
 
 
 class _Body:

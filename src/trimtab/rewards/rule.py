@@ -15,13 +15,19 @@ from trimtab.rewards.base import Reward
 
 @dataclass(eq=False)
 class Length(Reward):
-    """r = -max(0, |length - target| - tolerance) / target: 0 on target, -1 for an empty answer (tolerance 0)."""
+    """r = -max(0, |length - target| - tolerance) / target: 0 on target, -1 for an empty answer (tolerance 0).
+
+    side=over: a shorter answer is on target too, r = -max(0, length - target - tolerance) / target.
+    hard: 1 where that is 0, else 0.
+    """
 
     slug = "length"
 
     target: int  # the wished length
     unit: Literal["words", "characters"] = "words"  # words are runs of non-space
     tolerance: int = 0  # half the width of the band that scores 0
+    side: Literal["both", "over"] = "both"  # what counts as off target: both sides of it, or only what is longer
+    hard: bool = False  # 1 on target and 0 off it, instead of the distance
 
     def __post_init__(self) -> None:
         if self.target < 1 or self.tolerance < 0:
@@ -29,12 +35,15 @@ class Length(Reward):
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         lengths = [len(text.split()) if self.unit == "words" else len(text) for text in texts]
-        return [-max(0, abs(length - self.target) - self.tolerance) / self.target for length in lengths]
+        off = [length - self.target if self.side == "over" else abs(length - self.target) for length in lengths]
+        missed = [max(0, distance - self.tolerance) for distance in off]
+        return [float(not miss) if self.hard else -miss / self.target for miss in missed]
 
 
 @dataclass(eq=False)
 class Keyword(Reward):
-    """Whole words or phrases in the answer. any, all: 1 or 0; count: how many occurrences there are in all.
+    """Whole words or phrases in the answer. any, all: 1 or 0; share: the part of the words that are there; count: how
+    many occurrences there are in all.
 
     A word counts only between word boundaries ("cat" is not in "concatenate").
     """
@@ -42,7 +51,7 @@ class Keyword(Reward):
     slug = "keyword"
 
     words: tuple[str, ...]  # the words, separated by '|'
-    mode: Literal["any", "all", "count"] = "any"  # any or all of the words, or the number of occurrences
+    mode: Literal["any", "all", "share", "count"] = "any"  # any, all or which part of the words, or all occurrences
     ignore_case: bool = True  # whether "Cat" counts for "cat"
 
     def __post_init__(self) -> None:
@@ -58,7 +67,9 @@ class Keyword(Reward):
         out = []
         for text in texts:
             counts = [len(pattern.findall(text)) for pattern in self._patterns]
-            out.append(float({"any": any(counts), "all": all(counts), "count": sum(counts)}[self.mode]))
+            found = sum(count > 0 for count in counts)
+            judged = {"any": found > 0, "all": found == len(counts), "share": found / len(counts), "count": sum(counts)}
+            out.append(float(judged[self.mode]))
         return out
 
 
