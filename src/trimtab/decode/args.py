@@ -90,14 +90,17 @@ class Args:
         self.policy = steppable(policy, "args")
         self.lm, self.reward, self.config = self.policy.lm, as_reward(reward), ArgsConfig(**options)
         self.name = name or "args"
-        warn_unfinished(self.reward, "args")
+        if self.config.weight:
+            warn_unfinished(self.reward, "args")
 
     def open(self, prompts: Sequence[Prompt], sampling: Sampling, meter: Cost) -> ArgsSession:
-        scorer = prefix_scorer(self.reward, self.lm, prompts, meter, self.config.cache)
         inner, config = self.policy.open(prompts, sampling, meter), self.config
+        companions = {}
+        if config.weight and config.k != 1:  # one candidate is weighed against nothing: the reward is not asked
+            companions["scorer"] = prefix_scorer(self.reward, self.lm, prompts, meter, config.cache)
         return ArgsSession(
             inner, prompts, config.k, config.weight, config.select == "greedy", config.kl_cap, sampling.temperature,
-            scorer=scorer,
+            **companions,
         )  # fmt: skip
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling()) -> Completions:
@@ -106,6 +109,8 @@ class Args:
 
 class ArgsSession(Candidates):
     def bonus(self, tokens: torch.Tensor) -> torch.Tensor:
+        if "scorer" not in self.companions:
+            return torch.zeros(tokens.shape)
         rows = [row for row in range(len(tokens)) for _ in range(tokens.shape[1])]
         scores: torch.Tensor = self.companions["scorer"].score(rows, [[token] for token in tokens.flatten().tolist()])
         return scores.view(tokens.shape)
