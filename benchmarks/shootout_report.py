@@ -57,6 +57,8 @@ def gather(runs: Path) -> dict[str, Any]:
         )
         entry.setdefault("environment", compare["environment"])
         entry.setdefault("budgets", {})[str(budget)] = {one["name"]: figures(one) for one in compare["policies"]}
+    for entry in worlds.values():
+        entry["budgets"] = dict(sorted(entry["budgets"].items(), key=lambda item: int(item[0])))
     for world, by_budget in scores.items():
         judge = "gold" if worlds[world]["gold"] else "reward"
         for budget, rows in by_budget.items():
