@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 GROWTH = 64  # columns of head room whenever a buffer is enlarged
+FORKED = 8  # columns of head room in a fork, which often lives for a few tokens only
 
 
 class GrowingLayer(DynamicLayer):
@@ -73,6 +74,14 @@ def with_room(buffer: torch.Tensor, dim: int, used: int, needed: int) -> torch.T
     larger = buffer.new_empty(shape)
     larger.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
     return larger
+
+
+def _taken(buffer: torch.Tensor, rows: torch.Tensor, used: int) -> torch.Tensor:
+    """Some rows of a cache's used columns with room for a few more, so that the first append copies nothing again."""
+    with torch.inference_mode(False):
+        out = buffer.new_empty((len(rows), buffer.shape[1], used + FORKED, buffer.shape[3]))
+        torch.index_select(buffer[:, :, :used], 0, rows, out=out[:, :, :used])
+    return out
 
 
 class Session:
@@ -211,9 +220,9 @@ class Session:
         for layer in self._layers():
             copy = GrowingLayer()
             if layer.buffers:
-                copy.buffers = [buffer[index.to(buffer.device), :, : layer.length] for buffer in layer.buffers]
+                copy.buffers = [_taken(buffer, index.to(buffer.device), layer.length) for buffer in layer.buffers]
                 copy.length, copy.rows, copy.is_initialized = layer.length, len(index), True
-                copy.keys, copy.values = copy.buffers
+                copy.keys, copy.values = (buffer[:, :, : layer.length] for buffer in copy.buffers)
             new.cache.layers.append(copy)
         return new
 

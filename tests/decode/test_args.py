@@ -1,128 +1,238 @@
-"""ARGS: its rule by brute force, its limits, its myopia, its cache."""
+"""ARGS: its greedy rule by brute force, its limits, and the cached path against the whole text."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from oracles.exact_value import drawn_from
 from oracles.toy import EOS, Toy
-from tiny import tiny_lm
-from trimtab import LM, Cost, Sampling, pocket
+from tiny import BOS, PAD, UNK, tiny_lm
+from tiny_reward import classifier
+from trimtab import LM, Completions, Cost, Sampling, Steered
+from trimtab.control import FunctionControl
 from trimtab.decode.args import Args, ArgsConfig
 from trimtab.errors import UsageError
-from trimtab.rewards import parse_reward
+from trimtab.guided import Guided
+from trimtab.rewards import Function
 from trimtab.rewards.prefix import UnfinishedText
+from trimtab.stepping import answer_steps
 
-GREEDY = Sampling(max_new_tokens=24, temperature=0)
-
-
-def late(tokens: tuple[int, ...]) -> float:
-    """3 for an answer that ends in token 3 at full length, -1 for every 3 before: what pays last costs first."""
-    before = tokens[:-1].count(3) if len(tokens) == 4 else tokens.count(3)
-    return (3.0 if len(tokens) == 4 and tokens[-1] == 3 else 0.0) - before
+PROMPTS = ["ba da fa la", "ma na", "pe"]
+PLAIN = Sampling()
+# of every text of at most 3 words: what a reward would say of it, finished or not
+TABLE = {
+    (): 0.0, (1,): 0.4, (2,): 0.9, (1, 1): 2.0, (1, 2): 1.0, (2, 1): 0.1, (2, 2): 0.3,
+    (1, 1, 1): 0.2, (1, 1, 2): 5.0, (1, 2, 1): 0.0, (1, 2, 2): 0.5, (2, 1, 1): 1.0, (2, 1, 2): 0.7, (2, 2, 1): 2.5,
+    (2, 2, 2): 0.0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    return Toy(vocab=5, horizon=4)
-
-
-def rule(toy: Toy, k: int, weight: float, gain: torch.Tensor | None = None) -> list[int]:
-    """The greedy path by brute force: at every prefix the best of log p + weight * r(prefix + z) (or `gain` [N, V])."""
-    row, answer = 0, []
-    for _ in range(toy.horizon):
-        scores = {}
-        for z in toy.base[row].topk(k).indices.tolist():
-            prefix = toy.prefixes[row]
-            r = toy.score(prefix if z == EOS else (*prefix, z)) if gain is None else float(gain[row, z])
-            scores[z] = float(toy.base[row, z]) + weight * r
-        best = max(scores, key=lambda z: scores[z])
-        answer.append(best)
-        row = int(toy.child[row, best])
-        if row < 0:
-            break
-    return answer
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
-@pytest.mark.parametrize("weight", [0.3, 1.0, 4.0])
-def test_the_path_is_that_of_its_rule(toy: Toy, k: int, weight: float) -> None:
-    found = Args(toy.lm, toy.reward, k=k, weight=weight).generate([toy.prompt], toy.sampling)
-    assert found.tokens == [rule(toy, k, weight)]
-
-
-def test_it_is_myopic_where_the_value_is_not() -> None:
-    """On a reward that comes late ARGS shuns the token that pays; the same rule with the exact value takes it."""
-    toy = Toy(late, vocab=5, horizon=4)
-    short_sighted = Args(toy.lm, toy.reward, k=5, weight=5.0).generate([toy.prompt], toy.sampling).tokens[0]
-    values, _ = toy.values()
-    far_sighted = rule(toy, 5, 5.0, values)
-    best = max(late(tuple(t for t in answer if t != EOS)) for answer in toy.answers)
-    assert late(tuple(t for t in far_sighted if t != EOS)) == best == 3.0
-    assert 3 not in short_sighted[:3]
-
-
-def test_the_distribution_of_drawn_tokens(toy: Toy) -> None:
-    """select=sample, k = 0: softmax(log p + weight * r) at every first token, to 1e-5; its KL is exact."""
-    method = Args(toy.lm, toy.reward, k=0, weight=2.0, select="sample")
-    session = method.open([toy.prompt], toy.sampling, Cost())
-    rewards = torch.tensor([toy.score(() if z == EOS else (z,)) for z in range(5)], dtype=torch.float64)
-    exact = (toy.base[0] + 2 * rewards).log_softmax(-1)
-    torch.testing.assert_close(session.logits[0].double().log_softmax(-1), exact, atol=1e-5, rtol=0)
-    drawn = method.generate([toy.prompt], toy.sampling.but(samples=4))
-    assert drawn.kl is not None
-    kl = float((exact.exp() * (exact - toy.base[0])).sum())
-    assert all(row[0] == pytest.approx(kl, abs=1e-5) for row in drawn.kl)
-
-
-def test_limits() -> None:
-    """weight 0 draws the plain answers with the same seed and asks no reward; k = 1 is greedy decoding."""
-    lm, prompts = tiny_lm(), ["ba da fa la", "ma na", "pe"]
-    reward = parse_reward("length:target=3")
-    plain = Sampling(max_new_tokens=12, seed=3)
-    still = Args(lm, reward, weight=0.0, select="sample").generate(prompts, plain)
-    assert still.tokens == lm.generate(prompts, plain).tokens and still.cost.reward_calls == 0
-    one = Args(lm, reward, k=1, weight=9.0).generate(prompts, plain)
-    assert one.tokens == lm.generate(prompts, plain.but(temperature=0)).tokens and one.cost.reward_calls == 0
+    """3 tokens of which one ends an answer, 3 steps."""
+    return Toy(lambda tokens: TABLE[tokens], vocab=3, horizon=3)
 
 
 @pytest.fixture(scope="module")
-def base() -> LM:
-    return LM.load("pocket/base")
+def lm() -> LM:
+    return tiny_lm()
 
 
-@pytest.mark.filterwarnings("ignore::trimtab.rewards.prefix.UnfinishedText")
-def test_the_cache_changes_the_cost_and_not_the_tokens(base: LM) -> None:
-    """pocket/reward reads the same ids either way where the answer is spelled as its tokenizer spells it: greedy ones are."""
-    reward, prompts = parse_reward("pocket/reward"), pocket.prompts("test", 12, seed=2)
-    cached = Args(base, reward, k=4).generate(prompts, GREEDY)
-    spent = cached.cost.tokens["pocket/reward"]
-    anew = Args(base, reward, k=4, cache=False).generate(prompts, GREEDY)
-    assert cached.tokens == anew.tokens
-    assert spent < anew.cost.tokens["pocket/reward"] / 4
-    assert [Args(base, reward, k=4).generate([p], GREEDY).tokens[0] for p in prompts[:4]] == cached.tokens[:4]
-    ended = [row for row, why in zip(cached.tokens, cached.finish_reasons, strict=True) if why == "stop"]
-    assert ended and all(row[-1] in base.eos_ids and not set(row[:-1]) & base.eos_ids for row in ended)
+def letters(prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:
+    return [math.sin(sum(map(ord, text))) for text in texts]
 
 
-@pytest.mark.filterwarnings("ignore::trimtab.rewards.prefix.UnfinishedText")
-def test_the_cap_on_the_kl_is_never_exceeded(base: LM) -> None:
-    reward, prompts = parse_reward("pocket/reward"), pocket.prompts("test", 12, seed=3)
-    for temperature in (1.0, 0.6):
-        drawn = Args(base, reward, k=6, select="sample", kl_cap=0.05).generate(prompts, Sampling(24, temperature))
-        assert drawn.kl is not None and max(max(row) for row in drawn.kl) <= 0.05
-        assert max(max(row) for row in drawn.kl) > 0.02  # it is used
+def scores_at(toy: Toy, prefix: tuple[int, ...], weight: float) -> list[float]:
+    """log p + weight * r of the text with each token; an end token adds no text."""
+    row = toy.prefixes.index(prefix)
+    texts = [prefix if token == EOS else (*prefix, token) for token in range(3)]
+    return [float(toy.base[row, token]) + weight * TABLE[text] for token, text in enumerate(texts)]
 
 
-def test_a_reward_of_whole_answers_is_warned_about(base: LM) -> None:
+@pytest.mark.parametrize("weight", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_greedy_path_by_hand(toy: Toy, weight: float, k: int) -> None:
+    """Three steps; ties do not occur."""
+    answer: tuple[int, ...] = ()
+    while len(answer) < 3 and EOS not in answer:
+        likeliest = toy.base[toy.prefixes.index(answer)].topk(k).indices.tolist()
+        scores = scores_at(toy, answer, weight)
+        answer = (*answer, max(likeliest, key=scores.__getitem__))
+    done = Args(toy.lm, toy.reward, k=k, weight=weight).generate([toy.prompt], toy.sampling)
+    assert done.tokens == [list(answer)]
+
+
+def test_it_is_myopic(toy: Toy) -> None:
+    """2 looks best at first (0.9), and its best end (2.5) is half of what 1, 1, 2 gets."""
+    done = Args(toy.lm, toy.reward, k=0, weight=100.0).generate([toy.prompt], toy.sampling)
+    assert done.tokens == [[2, EOS]] and TABLE[2,] == 0.9 < max(TABLE.values())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("k", [2, 0])
+def test_the_stochastic_form_is_a_softmax_over_the_candidates(toy: Toy, k: int, temperature: float) -> None:
+    """softmax(score / temperature) at every prefix, to float32."""
+    weight = 0.8
+    wanted = torch.tensor([scores_at(toy, prefix, weight) for prefix in toy.prefixes], dtype=torch.float64)
+    if k:
+        kept = torch.zeros_like(wanted).scatter(-1, toy.base.topk(k, -1).indices, 1.0)
+        wanted = wanted.masked_fill(kept == 0, -torch.inf)
+    found = drawn_from(toy, Args(toy.lm, toy.reward, k=k, weight=weight, select="sample"), temperature)
+    assert torch.allclose(found.exp(), (wanted / temperature).softmax(-1), atol=1e-5)
+
+
+# limits
+
+
+def test_weight_0_is_the_policy_and_one_candidate_is_greedy(lm: LM) -> None:
+    def never(prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:
+        raise RuntimeError("called")
+
+    sampling = Sampling(max_new_tokens=8, samples=2, seed=5)
+    plain, greedy = lm.generate(PROMPTS, sampling), lm.generate(PROMPTS, sampling.but(temperature=0))
+    done = Args(lm, never, weight=0.0, select="sample").generate(PROMPTS, sampling)
+    assert (done.tokens, done.logprobs, done.cost.tokens) == (plain.tokens, plain.logprobs, plain.cost.tokens)
+    assert done.cost.reward_calls == 0
+    assert Args(lm, never, weight=0.0).generate(PROMPTS, sampling).tokens == greedy.tokens
+    for select in ("greedy", "sample"):
+        assert Args(lm, letters, k=1, weight=5.0, select=select).generate(PROMPTS, sampling).tokens == greedy.tokens
+
+
+def test_without_a_limit_on_the_weight_the_reward_decides(lm: LM) -> None:
+    """The best of the text with each of 6 candidates, at every step (to 0.002: 20 nats of log-probability)."""
+    done = Args(lm, letters, k=6, weight=1e4).generate(PROMPTS, Sampling(max_new_tokens=6))
+    for logprobs, answer in zip(lm.token_logprobs(PROMPTS, done.tokens), done.tokens, strict=True):
+        for step, token in enumerate(answer):
+            candidates = logprobs[step].topk(6).indices.tolist()
+            values = letters([], [lm.decode([*answer[:step], one]) for one in candidates])
+            assert values[candidates.index(token)] > max(values) - 2e-3
+
+
+# the path it takes
+
+
+class Words:
+    """A model that writes no special token but the one that ends: what it writes is what its text is tokenized to."""
+
+    name = "words"
+
+    def __init__(self, lm: LM):
+        self.lm = lm
+
+    def open(self, prompts: Sequence[Any], sampling: Sampling, meter: Cost) -> Guided:
+        session = Guided(self.lm.open(prompts, sampling, meter), prompts)
+        barred = torch.tensor([token in (PAD, BOS, UNK) for token in range(self.lm.vocab_size)])
+        session.guide = lambda logits: logits.masked_fill(barred, -torch.inf)  # type: ignore[method-assign]
+        return session
+
+    def generate(self, prompts: Sequence[Any], sampling: Sampling = PLAIN) -> Completions:
+        return answer_steps(self, prompts, sampling)
+
+
+@pytest.mark.parametrize("select", ["greedy", "sample"])
+def test_cached_and_uncached_choose_the_same_tokens(lm: LM, select: Any, tmp_path: Path) -> None:
+    """The reward model's cache forked for every candidate, against the whole text of every candidate."""
+    reward, sampling = classifier(tmp_path, append_eos=True), Sampling(max_new_tokens=16, samples=2, seed=1)
+    with pytest.warns(UnfinishedText):
+        cached, text = (
+            Args(Words(lm), reward, k=5, weight=3.0, select=select, cache=cache).generate(PROMPTS, sampling)
+            for cache in (True, False)
+        )
+    assert cached.tokens == text.tokens
+    plain = Words(lm).generate(PROMPTS, sampling.but(temperature=0.0 if select == "greedy" else 1.0))
+    assert cached.tokens != plain.tokens
+    for ours, theirs in zip(cached.kl, text.kl, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+    assert cached.cost.reward_calls == text.cost.reward_calls
+    assert cached.cost.tokens[reward.name] < 0.3 * text.cost.tokens[reward.name]
+
+
+def test_a_batch_is_its_rows_alone_and_the_end_token_ends(lm: LM) -> None:
+    policy, sampling = Args(lm, letters, k=8, weight=2.0), Sampling(max_new_tokens=12)
+    together = policy.generate(PROMPTS, sampling)
+    assert together.tokens == [policy.generate([prompt], sampling).tokens[0] for prompt in PROMPTS]
+    # a reward that falls with every word: the end token, which adds none, as soon as it is a candidate
+    short = Args(lm, lambda prompts, texts: [-float(len(text)) for text in texts], k=0, weight=100.0)
+    done = short.generate(PROMPTS, sampling)
+    assert done.texts == [""] * 3 and done.finish_reasons == ["stop"] * 3
+    # it is no candidate of the two likeliest: the answers run into the limit, which is no error
+    done = Args(lm, lambda prompts, texts: [-float(len(text)) for text in texts], k=2).generate(PROMPTS, sampling)
+    ended = [bool(set(row) & lm.eos_ids) for row in done.tokens]
+    assert [reason == "stop" for reason in done.finish_reasons] == ended
+    assert not all(ended) and all(len(row) == 12 for row, end in zip(done.tokens, ended, strict=True) if not end)
+
+
+def test_it_nests_on_a_steered_policy(toy: Toy) -> None:
+    push = 0.8 * torch.randn(16, generator=torch.Generator().manual_seed(0))
+    steered = Steered(toy.lm, FunctionControl(lambda hidden: hidden + push))
+    rewards = torch.tensor([scores_at(toy, prefix, 1.0) for prefix in toy.prefixes], dtype=torch.float64) - toy.base
+    wanted = (toy.logprobs(toy.states + push) + rewards).log_softmax(-1)
+    found = drawn_from(toy, Args(steered, toy.reward, k=0, select="sample"))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_what_it_costs(lm: LM) -> None:
+    """The model's tokens are the plain answer's; k reward calls a token."""
+    sampling = Sampling(max_new_tokens=7, samples=2, seed=3)
+    done = Args(lm, letters, k=4, select="sample").generate(PROMPTS, sampling)
+    prompt = sum(map(len, lm.encode(PROMPTS)))
+    assert done.cost.tokens == {lm.name: prompt + sum(len(row) - 1 for row in done.tokens)}
+    assert done.cost.reward_calls == 4 * sum(map(len, done.tokens))
+
+
+# what is refused, and warned about
+
+
+def test_unjudged_candidates_are_never_preferred(toy: Toy) -> None:
+    """Whatever has a 1 in it cannot be judged: it counts as the worst of the others."""
+
+    def shy(prompts: Sequence[Any], texts: Sequence[str]) -> list[float | None]:
+        return [None if "1" in text else TABLE[tuple(map(int, text.split()))] for text in texts]
+
+    done = Args(toy.lm, Function(shy, name="shy"), k=0, weight=100.0).generate([toy.prompt], toy.sampling)
+    assert done.tokens == [[2, EOS]]
+
+
+def test_a_reward_for_whole_answers_is_warned_about(lm: LM) -> None:
     with pytest.warns(UnfinishedText, match="args asks pocket/judge about unfinished answers"):
-        Args(base, parse_reward("pocket/judge"))
+        Args(lm, "pocket/judge")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"k": -1}, {"weight": -1.0}, {"weight": float("inf")}, {"kl_cap": -0.1, "select": "sample"}, {"kl_cap": 0.1}],
-)
-def test_bad_options_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(UsageError):
-        ArgsConfig(**options)  # type: ignore[arg-type]
+def test_a_kl_cap_is_never_exceeded(lm: LM) -> None:
+    done = Args(lm, letters, k=0, weight=30.0, select="sample", kl_cap=0.05).generate(
+        PROMPTS, Sampling(max_new_tokens=6, samples=3)
+    )
+    reported = [nats for row in done.kl for nats in row]
+    assert max(reported) <= 0.05 and min(reported) > 0.04
+
+
+def test_options_that_make_no_sense_are_refused(lm: LM) -> None:
+    for options, said in [
+        ({"k": -1}, "k must be 1 or more"),
+        ({"weight": math.nan}, "weight must be a finite number"),
+        ({"weight": -0.5}, "weight must be a finite number"),
+        ({"kl_cap": 0.1}, "kl_cap needs select=sample"),
+        ({"kl_cap": -0.1, "select": "sample"}, "kl_cap must be 0 nats"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            Args(lm, letters, **options)
+    assert (
+        Args(lm, letters, k=1000).generate(["ba"], Sampling(max_new_tokens=2)).tokens
+    )  # k over 59 tokens: all of them
+    assert Args(lm, letters).config == ArgsConfig()
+
+
+def test_what_cannot_be_stepped_is_refused() -> None:
+    class Remote:
+        name = "remote"
+
+        def generate(self, prompts: Any, sampling: Any = None) -> Any: ...
+
+    with pytest.raises(UsageError, match="args chooses token by token and remote gives whole answers only"):
+        Args(Remote(), letters)

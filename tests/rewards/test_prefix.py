@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 
-from tiny import CHAT, EOS, PAD, tiny_lm, tiny_tokenizer
+from tiny import CHAT, EOS, tiny_lm, tiny_tokenizer
+from tiny_reward import LIMIT, classifier
 from trimtab import LM, Sampling, pocket
 from trimtab.policy import Cost
 from trimtab.rewards import Classifier, Function, parse_reward
@@ -27,32 +27,6 @@ from trimtab.rewards.prefix import (
 )
 
 PROMPTS = ["ba da fa la", "ma na", "pe"]
-TEMPLATE = "{prompt} {response}"
-LIMIT = 40
-
-
-def classifier(
-    folder: Path, family: str = "llama", tokenizer: Any = None, labels: int = 1, **options: Any
-) -> Classifier:
-    """A random decoder (or BERT) with a head; scores of about one."""
-    tokenizer = tokenizer or tiny_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "num_labels": labels, "pad_token_id": PAD, "bos_token_id": None}
-    width = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if family == "gpt2":
-            config = tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=LIMIT, **sizes)
-            model: Any = tf.GPT2ForSequenceClassification(config)
-        elif family == "bert":
-            model = tf.BertForSequenceClassification(tf.BertConfig(max_position_embeddings=LIMIT, **width, **sizes))
-        else:
-            config = tf.LlamaConfig(num_key_value_heads=1, max_position_embeddings=LIMIT, **width, **sizes)
-            model = tf.LlamaForSequenceClassification(config)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Classifier(folder, **{"template": TEMPLATE, "device": "cpu", **options})
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +227,7 @@ def test_a_reward_for_whole_answers_is_warned_about(reward: Classifier) -> None:
 
 
 def test_a_candidate_costs_its_own_tokens(lm: LM, tmp_path: Path) -> None:
-    """The prompt once, k (token + end) tokens a step and the chosen token; from text every whole text again."""
+    """The prompt once and k (token + end) tokens a step, the chosen one among them; from text every whole text again."""
     reward = classifier(tmp_path, append_eos=True)
     k, steps = 5, 7
     meters = [Cost(), Cost()]
@@ -264,7 +238,7 @@ def test_a_candidate_costs_its_own_tokens(lm: LM, tmp_path: Path) -> None:
             scorer.score(rows, [[10 + (step + i) % k] for i in range(len(rows))])
             scorer.append(torch.tensor([10, 11, 12]))
     prompt = sum(len(reward.frame(text)[0]) for text in PROMPTS)
-    assert meters[0].tokens == {reward.name: prompt + 3 * steps * (2 * k + 1)}
+    assert meters[0].tokens == {reward.name: prompt + 3 * steps * 2 * k}
     whole = sum(k * (prompt + 3 * (step + 2)) for step in range(steps))
     assert meters[1].tokens == {reward.name: whole}
     assert meters[0].reward_calls == meters[1].reward_calls == 3 * k * steps

@@ -75,6 +75,8 @@ CARD = Card(
     ),
     risks=("a guideline is an instruction to the model: review a library as you would code",),
     composes_with=("best-of-n", "natural-control", "args"),
+    choose="When a model follows instructions well but has weak judgement of risk, and guidelines can be written "
+    "once per kind of input. A model that does not read guidelines gains nothing.",
     status=("implemented", "verified_cpu"),
     example="trimtab compare pocket/chat --reward pocket/judge --prompts prompts.txt --policy guide-align:retriever=tfidf",
 )

@@ -39,12 +39,13 @@ def takes_system(lm: LM) -> bool:
     """Whether the model's chat template shows a system message, before the user's turn."""
     if not getattr(lm.tokenizer, "chat_template", None):
         return False
-    probe = [{"role": "system", "content": "guideline"}, {"role": "user", "content": "question"}]
+    first, then = "guideline-7f3a", "question-7f3a"  # nothing that a template says itself
+    probe = [{"role": "system", "content": first}, {"role": "user", "content": then}]
     try:
         text = lm.tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False)
     except TemplateError:  # this template refuses the role
         return False
-    return 0 <= text.find("guideline") < text.find("question")
+    return 0 <= text.find(first) < text.find(then)
 
 
 def model_of(policy: Any) -> LM | None:

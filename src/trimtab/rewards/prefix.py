@@ -9,7 +9,8 @@ forked for every candidate: a candidate costs its own tokens (2 k T tokens over 
 k T^2 / 2 from scratch). Any other reward is given the decoded text of all candidates in one batch.
 
 The cached path reads token ids as the model wrote them. The text path reads their text, which the reward tokenizes
-anew: the two differ where a model spells a word in pieces that its tokenizer would not have chosen.
+anew: the two differ where a model spells a word in pieces that its tokenizer would not have chosen, and where it writes
+special tokens (other than those that end an answer), which its text does not show.
 """
 
 from __future__ import annotations
@@ -104,6 +105,9 @@ class CachedScorer:
 
     frames   the token ids that the reward reads before and after each row's answer
     lengths  [B] tokens of each row so far, the prompt's included; the session holds those that its context has room for
+
+    The fork that candidates were scored in is kept until the next call: where one of them is appended, its cache is taken
+    over and nothing is forwarded again.
     """
 
     def __init__(self, reward: Classifier, lm: LM, frames: Sequence[tuple[list[int], list[int]]], meter: Cost):
@@ -112,6 +116,8 @@ class CachedScorer:
         body: Any = _Body(reward)
         self.session = Session(body, [before for before, _ in frames], None, meter)
         self.over = torch.zeros(len(frames), dtype=torch.long)  # [B] tokens beyond the context
+        self._scored: Session | None = None
+        self._places: dict[tuple[int, int], int] = {}  # (row, candidate token) -> row of `_scored`
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -121,6 +127,7 @@ class CachedScorer:
         """[n] float32, as `TextScorer.score`; NaN too where the text outgrows the reward model's context."""
         more = [self._spoken(row, tokens) for row, tokens in zip(rows, continuations, strict=True)]
         out = torch.full((len(more),), math.nan)
+        self._scored, self._places = None, {}
         lengths, limit = self.lengths.tolist(), self.reward.limit
         fits = [i for i, row in enumerate(rows) if lengths[row] + len(more[i]) <= limit]
         self.meter.reward_calls += len(fits)
@@ -131,6 +138,10 @@ class CachedScorer:
                 fork = self.session.fork([rows[i] for i in part])
                 fork.append([more[i] for i in part])
                 out[part] = fork.logits[:, self.reward.column or 0].cpu()
+                if len(part) == len(more) and all(len(tokens) == 1 for tokens in continuations):
+                    self._scored = fork
+                    asked = [(rows[i], continuations[i][0]) for i in part]
+                    self._places = {one: at for at, one in enumerate(asked) if one[1] not in self.ends}
         return out
 
     def _spoken(self, row: int, tokens: Sequence[int]) -> list[int]:
@@ -139,6 +150,13 @@ class CachedScorer:
 
     def append(self, tokens: torch.Tensor | Sequence[Sequence[int]]) -> None:
         new = tokens[:, None].tolist() if isinstance(tokens, torch.Tensor) else tokens
+        chosen = [self._places.get((row, one[0])) if len(one) == 1 else None for row, one in enumerate(new)]
+        if self._scored is not None and all(place is not None for place in chosen):
+            self.session = self._scored.fork([place for place in chosen if place is not None])
+            self.session.rewind(self.session.lengths - torch.tensor([len(after) for after in self.suffixes]))
+            self._scored, self._places = None, {}
+            return
+        self._scored, self._places = None, {}
         room = (self.reward.limit - self.session.lengths).tolist()
         kept = [list(row[:free]) for row, free in zip(new, room, strict=True)]
         self.session.append(kept)
@@ -150,15 +168,19 @@ class CachedScorer:
         new.reward, new.ends, new.meter = self.reward, self.ends, self.meter
         new.suffixes = [self.suffixes[row] for row in rows]
         new.session, new.over = self.session.fork(rows), self.over[list(rows)]
+        new._scored, new._places = None, {}
         return new
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         order = self.session.drop(rows)
+        where = {old: row for row, old in enumerate(order)}
+        self._places = {(where[row], token): at for (row, token), at in self._places.items() if row in where}
         self.suffixes, self.over = [self.suffixes[i] for i in order], self.over[order]
         return order
 
     def rewind(self, lengths: torch.Tensor | Sequence[int]) -> None:
         target, limit = torch.as_tensor(lengths, dtype=torch.long), self.reward.limit
+        self._scored, self._places = None, {}
         self.session.rewind(target.clamp(max=limit))
         self.over = (target - limit).clamp(min=0)
 
