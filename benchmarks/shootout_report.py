@@ -19,7 +19,7 @@ import numpy as np
 
 from trimtab.files import dump_json, write_atomic
 from trimtab.measure.stats import paired_difference, verdict
-from trimtab.report.svg import Panel, Scale, element, figure, num, text
+from trimtab.report.svg import Panel, Scale, element, figure, num, shorten, text
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, RESULTS = ROOT / "runs" / "shootout", ROOT / "benchmarks" / "results" / "shootout.json"
@@ -192,7 +192,7 @@ def forest(world: str, entry: dict[str, Any]) -> str:
         STYLE,
     ]
     for i, name in enumerate(names):
-        parts.append(text(left - 14, top + row * (i + 0.7), name, "", "end"))
+        parts.append(text(left - 14, top + row * (i + 0.7), shorten(name, 44), "", "end"))
     for p, budget in enumerate(budgets):
         start = left + p * (wide + gap)
         x = Scale.nice([*values, 0.0], start, start + wide, count=4)

@@ -18,6 +18,7 @@ the reward model included:
 | two words asked for                               | both said | perplexity | tokens |
 | drawn answers / best-of-10                        | 0.02 / 0.28 | 1.37 | 50 / 293 |
 | DeAL k=10 lookahead=16 weight=10 sure=0.9         | 0.78 | 1.28 | 738 |
+| ... agent=segment, k=10 lookahead=8 beams=3       | 0.73 | 1.34 | 790 |
 | best-of-32 / best-of-64                           | 0.42 / 0.62 | 1.37 | 870 / 1,722 |
 
 Without `sure` both take 4 to 5 times the tokens for the same answers or nearly so; then neither beats best-of-n at equal

@@ -324,7 +324,8 @@ def test_it_chooses_as_without_any_cache() -> None:
 
 
 def test_the_reward_s_cache_changes_nothing() -> None:
-    """Tokens equal; values to 1e-4 (float32) wherever the reward's tokenizer would have spelt the text as the model did."""
+    """Tokens equal, and at least nine values of ten to 1e-4 (float32): the other texts are spelt in pieces that the reward's
+    tokenizer would not have chosen, and the text path spells them anew."""
     lm = LM.load("pocket/base")
     prompts, sampling = ["Q: Where does Anna live?\nA:"], Sampling(max_new_tokens=12)
     options: dict[str, Any] = {"k": 3, "lookahead": 12, "weight": 1.0}

@@ -34,7 +34,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ import torch
 from trimtab.card import Card
 from trimtab.decode.byte_lm import END, Boundary, ByteLM, ByteSession, Semantics, Slot
 from trimtab.decode.byte_view import Config
-from trimtab.errors import UsageError
+from trimtab.errors import UsageError, unknown
 from trimtab.generation import cut_at, sample
 from trimtab.guided import Guided
 from trimtab.lm import LM
@@ -78,6 +78,7 @@ CARD = Card(
     status=("implemented", "verified_cpu"),
     example='trimtab compare pocket/base --reward pocket/reward --prompts p.txt --policy "byte-level:models=pocket/nano"',
 )
+Weights = Literal["uniform", "bayesian"]
 LEAK = 0.05  # share of a model's mass on unreachable tokens that is warned about
 
 
@@ -90,11 +91,17 @@ class ByteLevelConfig:
     # further models, pocket/NAME, folders or Hub ids separated by |: the answer is written byte by byte by all together
     models: tuple[str, ...] = ()
     # of several models: equal, or in proportion to the probability that each gave the answer so far
-    weights: Literal["uniform", "bayesian"] = "uniform"
+    weights: Weights = "uniform"
     # all encodings that begin with the prompt, those that leave it at its last token (token healing), or its own alone
     prompt_boundary: Boundary = "exact"
     # cut unreachable tokens away and scale the rest at every step, or take the model's own probabilities of reachable ones
     semantics: Semantics = "renormalised"
+
+    def __post_init__(self) -> None:
+        known = {"weights": Weights, "prompt_boundary": Boundary, "semantics": Semantics}
+        for name, choices in known.items():
+            if getattr(self, name) not in get_args(choices):
+                raise unknown(name, str(getattr(self, name)), get_args(choices))
 
 
 @dataclass
@@ -137,7 +144,7 @@ class ByteLevel:
         self,
         policy: Policy,
         models: Sequence[LM | str] = (),
-        weights: Literal["uniform", "bayesian"] = "uniform",
+        weights: Weights = "uniform",
         prompt_boundary: Boundary = "exact",
         semantics: Semantics = "renormalised",
         name: str | None = None,

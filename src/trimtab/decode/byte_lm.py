@@ -130,6 +130,7 @@ class ByteLM:
         return [torch.tensor(row, dtype=torch.float64) for row in out]
 
     def context(self, prompt: Prompt) -> Context:
+        """Where a prompt's trunk ends and its text begins."""
         (ids,) = self.lm.encode([prompt])
         view, config = self.view, START
         cut = next((at for at in range(len(ids), 0, -1) if not view.bytes_of(ids[at - 1 : at])), 0)
@@ -193,17 +194,20 @@ class ByteSession:
         self._slots: list[Slot] = list(enumerate(shared))
         firsts = [[*context.trunk, *tokens] for context, tokens in zip(contexts, shared, strict=True)]
         self.tokens = model.lm.session(firsts, model.control, meter)
-        scales, reads = self._climb(lefts)
+        logs, reads = self._climb(lefts)
         for row, (text, found) in enumerate(zip(self.texts, lefts, strict=True)):
-            for left in found:
-                rest = text.context.data[left.end :]
+            top = max(logs[row, left.tokens] for left in found)
+            for left in found if top > -math.inf else ():
+                rest, slot = text.context.data[left.end :], (row, left.tokens)
                 low, high = self.view.starting(rest)
                 low += low < high and self.view.sorted[low] == rest  # ends with the text: another of the left contexts
-                slot = row, left.tokens
-                text.branches.append(Branch(left.tokens, left.config, scales[slot], reads[slot], low, high, len(rest)))
+                scale = math.exp(logs[slot] - top)
+                text.branches.append(Branch(left.tokens, left.config, scale, reads[slot], low, high, len(rest)))
             total = sum(float(branch.members().sum()) for branch in text.branches)
-            self.prefix_logprobs.append(math.log(total) if total > 0 else -math.inf)
-            text.branches = [branch._replace(scale=branch.scale / total) for branch in text.branches if total > 0]
+            if not total > 0:
+                raise UsageError(f"{model.lm.name} gives prompt {row} probability 0: nothing can be said after it")
+            self.prefix_logprobs.append(top + math.log(total))
+            text.branches = [branch._replace(scale=branch.scale / total) for branch in text.branches]
             text.leak = sum(branch.scale * branch.read.leak for branch in text.branches if not branch.depth)
 
     @property
@@ -290,8 +294,8 @@ class ByteSession:
     # inside
 
     def _climb(self, lefts: list[list[Left]]) -> tuple[dict[Slot, float], dict[Slot, Read]]:
-        """Down the tree of left contexts, a token at a time: the probability of each, and the model after it."""
-        scales, reads = dict.fromkeys(self._slots, 1.0), dict[Slot, Read]()
+        """Down the tree of left contexts, a token at a time: log-probability of each, and the model after it."""
+        logs, reads = dict.fromkeys(self._slots, 0.0), dict[Slot, Read]()
         configs = {(row, tokens): self.view.walk(tokens, self.texts[row].context.config) for row, tokens in self._slots}
         while True:
             for slot, logits in zip(self._slots, self._logits(), strict=True):
@@ -304,11 +308,12 @@ class ByteSession:
                 longer = {left.tokens[: size + 1] for left in lefts[row] if left.tokens[:size] == tokens}
                 inner = sorted(longer - {tokens})
                 for more in inner:
-                    scales[row, more] = scales[row, tokens] * float(reads[row, tokens].after[self.view.rank[more[-1]]])
+                    share = float(reads[row, tokens].after[self.view.rank[more[-1]]])
+                    logs[row, more] = logs[row, tokens] + (math.log(share) if share > 0 else -math.inf)
                     configs[row, more] = self.view.walk(more[-1:], configs[row, tokens] or START)
                 wanted += [(row, more) for more in inner] or [(row, tokens)]
             if wanted == self._slots:
-                return scales, reads
+                return logs, reads
             self._seek(wanted)
 
     def _masses(self) -> Floats:
