@@ -150,7 +150,8 @@ def main() -> None:
         student = distil(policies["trained"], lm, questions("fit", 200, seed), Sampling(seed=seed), epochs=2, batch=8)
         runs[-1]["student, none"] = judged(student, prompts, seed)
     rows += table("obedient", runs)
-    write_json(options.out, {"options": vars(options), "seconds": time.perf_counter() - start, "rows": rows})
+    used = {key: value for key, value in vars(options).items() if key != "out"}
+    write_json(options.out, {"options": used, "seconds": time.perf_counter() - start, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from trimtab.branches import look
 from trimtab.errors import UsageError
 from trimtab.files import dump_json, write_atomic
 from trimtab.guided import bottom
 from trimtab.policy import Cost
-from trimtab.rewards.prefix import ROWS
 from trimtab.steer.rollouts import Progress, Rollouts
 from trimtab.steer.value import ValueFit, ValueNetwork, fit_value, targets
 
@@ -110,12 +110,10 @@ class AfterToken(PrefixValue):
         ends = torch.isin(tokens.cpu(), torch.tensor(sorted(own.lm.eos_ids), dtype=torch.long))
         ended = self.end.in_reward_units(self.end(own.hidden.float()))  # [B]
         out = ended[:, None].repeat(1, tokens.shape[1])
-        going = (~ends).nonzero().tolist()
-        for first in range(0, len(going), ROWS):
-            rows, columns = zip(*going[first : first + ROWS], strict=True)
-            fork = own.fork(rows)
-            fork.append(tokens[rows, columns])
-            out[rows, columns] = self.value.in_reward_units(self.value(fork.hidden.float()))
+        rows, columns = (~ends).nonzero().T.tolist()
+        if rows:
+            seen = look(own, rows, tokens[rows, columns, None].tolist())
+            out[rows, columns] = self.value.in_reward_units(self.value(seen.hidden.float()))
         return out
 
     @torch.no_grad()

@@ -5,8 +5,8 @@
     scorer.append(tokens)                                # the answers grow; fork, drop, rewind as a `Session` does
 
 Where the reward is a causal classifier with the model's own tokens, its key-value cache is kept beside the answer and
-forked for every candidate: a candidate costs its own tokens (2 k T tokens over an answer of T with k candidates, against
-k T^2 / 2 from scratch). Any other reward is given the decoded text of all candidates in one batch.
+shared by all candidates (see `branches`): a candidate costs its own tokens (2 k T tokens over an answer of T with k
+candidates and an end token, against k T^2 / 2 from scratch). Any other reward is given the decoded text of all candidates in one batch.
 
 The cached path reads token ids as the model wrote them. The text path reads their text, which the reward tokenizes
 anew: the two differ where a model spells a word in pieces that its tokenizer would not have chosen, and where it writes
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from trimtab import attention
+from trimtab.branches import Branches, keep, look
 from trimtab.policy import Cost, Prompt
 from trimtab.rewards.base import Reward
 from trimtab.rewards.classifier import Classifier
@@ -31,8 +32,6 @@ from trimtab.session import Session
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
-
-ROWS = 512  # candidates forwarded together
 
 
 class UnfinishedText(UserWarning):
@@ -106,8 +105,8 @@ class CachedScorer:
     frames   the token ids that the reward reads before and after each row's answer
     lengths  [B] tokens of each row so far, the prompt's included; the session holds those that its context has room for
 
-    The fork that candidates were scored in is kept until the next call: where one of them is appended, its cache is taken
-    over and nothing is forwarded again.
+    What was scored last stays in the session's cache, behind its end: where the tokens appended are among it, nothing is
+    forwarded again.
     """
 
     def __init__(self, reward: Classifier, lm: LM, frames: Sequence[tuple[list[int], list[int]]], meter: Cost):
@@ -116,8 +115,7 @@ class CachedScorer:
         body: Any = _Body(reward)
         self.session = Session(body, [before for before, _ in frames], None, meter)
         self.over = torch.zeros(len(frames), dtype=torch.long)  # [B] tokens beyond the context
-        self._scored: Session | None = None
-        self._places: dict[tuple[int, int], int] = {}  # (row, candidate token) -> row of `_scored`
+        self.seen: Branches | None = None  # what was scored last
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -127,21 +125,12 @@ class CachedScorer:
         """[n] float32, as `TextScorer.score`; NaN too where the text outgrows the reward model's context."""
         more = [self._spoken(row, tokens) for row, tokens in zip(rows, continuations, strict=True)]
         out = torch.full((len(more),), math.nan)
-        self._scored, self._places = None, {}
         lengths, limit = self.lengths.tolist(), self.reward.limit
         fits = [i for i, row in enumerate(rows) if lengths[row] + len(more[i]) <= limit]
         self.meter.reward_calls += len(fits)
-        for width in sorted({len(more[i]) for i in fits}):  # rows of one width need no realignment of their cache
-            alike = [i for i in fits if len(more[i]) == width]
-            for first in range(0, len(alike), ROWS):
-                part = alike[first : first + ROWS]
-                fork = self.session.fork([rows[i] for i in part])
-                fork.append([more[i] for i in part])
-                out[part] = fork.logits[:, self.reward.column or 0].cpu()
-                if len(part) == len(more) and all(len(tokens) == 1 for tokens in continuations):
-                    self._scored = fork
-                    asked = [(rows[i], continuations[i][0]) for i in part]
-                    self._places = {one: at for at, one in enumerate(asked) if one[1] not in self.ends}
+        if fits:
+            self.seen = look(self.session, [rows[i] for i in fits], [more[i] for i in fits])
+            out[fits] = self.reward.head(self.seen.hidden)[:, self.reward.column or 0].cpu()
         return out
 
     def _spoken(self, row: int, tokens: Sequence[int]) -> list[int]:
@@ -149,14 +138,10 @@ class CachedScorer:
         return [*(token for token in tokens if token not in self.ends), *self.suffixes[row]]
 
     def append(self, tokens: torch.Tensor | Sequence[Sequence[int]]) -> None:
-        new = tokens[:, None].tolist() if isinstance(tokens, torch.Tensor) else tokens
-        chosen = [self._places.get((row, one[0])) if len(one) == 1 else None for row, one in enumerate(new)]
-        if self._scored is not None and all(place is not None for place in chosen):
-            self.session = self._scored.fork([place for place in chosen if place is not None])
-            self.session.rewind(self.session.lengths - torch.tensor([len(after) for after in self.suffixes]))
-            self._scored, self._places = None, {}
+        seen, self.seen = self.seen, None
+        if isinstance(tokens, torch.Tensor) and seen is not None and keep(self.session, seen, tokens.tolist()):
             return
-        self._scored, self._places = None, {}
+        new = tokens[:, None].tolist() if isinstance(tokens, torch.Tensor) else tokens
         room = (self.reward.limit - self.session.lengths).tolist()
         kept = [list(row[:free]) for row, free in zip(new, room, strict=True)]
         self.session.append(kept)
@@ -167,20 +152,18 @@ class CachedScorer:
         new = object.__new__(type(self))
         new.reward, new.ends, new.meter = self.reward, self.ends, self.meter
         new.suffixes = [self.suffixes[row] for row in rows]
-        new.session, new.over = self.session.fork(rows), self.over[list(rows)]
-        new._scored, new._places = None, {}
+        new.session, new.over, new.seen = self.session.fork(rows), self.over[list(rows)], None
         return new
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         order = self.session.drop(rows)
-        where = {old: row for row, old in enumerate(order)}
-        self._places = {(where[row], token): at for (row, token), at in self._places.items() if row in where}
         self.suffixes, self.over = [self.suffixes[i] for i in order], self.over[order]
+        self.seen = None if self.seen is None else self.seen.reindex(order)
         return order
 
     def rewind(self, lengths: torch.Tensor | Sequence[int]) -> None:
         target, limit = torch.as_tensor(lengths, dtype=torch.long), self.reward.limit
-        self._scored, self._places = None, {}
+        self.seen = None
         self.session.rewind(target.clamp(max=limit))
         self.over = (target - limit).clamp(min=0)
 
@@ -201,6 +184,6 @@ class _Body:
 def kept_order(count: int, dropped: Sequence[int]) -> list[int]:
     """The old numbers of the rows that stay, as `Session.drop` orders them: the last ones fill the gaps."""
     gone = set(dropped)
-    keep = [row for row in range(count) if row not in gone]
-    spare = [row for row in keep if row >= len(keep)]
-    return [row if row not in gone else spare.pop() for row in range(len(keep))]
+    stay = [row for row in range(count) if row not in gone]
+    spare = [row for row in stay if row >= len(stay)]
+    return [row if row not in gone else spare.pop() for row in range(len(stay))]
