@@ -6,7 +6,8 @@
 
 Where the reward is a causal classifier with the model's own tokens, its key-value cache is kept beside the answer and
 shared by all candidates (see `branches`): a candidate costs its own tokens (2 k T tokens over an answer of T with k
-candidates and an end token, against k T^2 / 2 from scratch). Any other reward is given the decoded text of all candidates in one batch.
+candidates and an end token, against k T^2 / 2 from scratch). Any other reward is given the decoded text of all
+candidates in one batch.
 
 The cached path reads token ids as the model wrote them. The text path reads their text, which the reward tokenizes
 anew: the two differ where a model spells a word in pieces that its tokenizer would not have chosen, and where it writes
