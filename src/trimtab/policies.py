@@ -135,7 +135,7 @@ class Workshop:
             self._kept[key] = load(where), Cost(**json.loads((where / "cost.json").read_text()))
             return self._kept[key]
         if self.progress is not None:
-            self.progress(f"fitting {key}")
+            self.progress(f"fitting {key[:60]}")  # a key may hold every setting
         thing, cost = fit()
         if self.run is not None:
             with self.run.folder(name) as where:
