@@ -22,7 +22,7 @@ from trimtab.decode.rows import can_take, take
 from trimtab.errors import UsageError
 from trimtab.guided import Guided
 from trimtab.parts import Parts, make
-from trimtab.rewards.prefix import CachedScorer, TextScorer
+from trimtab.rewards.prefix import CachedScorer, TextScorer, UnfinishedText
 from trimtab.stepping import answer_steps
 
 PROMPTS = ["ba da fa la", "ma na", "pe"]
@@ -169,7 +169,8 @@ def test_taken_rows_are_what_a_fresh_prefill_is() -> None:
 def test_taken_rows_bring_their_companions(cache: bool) -> None:
     """A reward-guided session: the reward model's own cache, or the text it reads, comes along."""
     lm = LM.load("pocket/base")
-    args = Args(lm, "pocket/reward", select="sample", cache=cache)
+    with pytest.warns(UnfinishedText):
+        args = Args(lm, "pocket/reward", select="sample", cache=cache)
     prompts, sampling = pocket.prompts("test", 2, seed=0), Sampling(max_new_tokens=8)
     session, fresh = (args.open(prompts, sampling, Cost()) for _ in range(2))
     assert type(session.companions["scorer"]) is (CachedScorer if cache else TextScorer) and can_take(session)
