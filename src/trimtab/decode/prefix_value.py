@@ -24,6 +24,7 @@ import copy
 import dataclasses
 import json
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -74,7 +75,7 @@ class Fitted:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class PrefixValue(nn.Module):
+class PrefixValue(nn.Module, ABC):
     """A learned V. tap: the state that its networks read. Subclasses are `AfterToken` and `BeforeToken`."""
 
     tap: Tap
@@ -88,11 +89,13 @@ class PrefixValue(nn.Module):
                 f"{lm.fingerprint}: fit one on it"
             )
 
+    @abstractmethod
     def following(self, session: Any, tokens: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """See `Values`."""
 
+    @abstractmethod
     def reached(self, session: Any) -> torch.Tensor:
-        raise NotImplementedError
+        """See `Values`."""
 
 
 class AfterToken(PrefixValue):

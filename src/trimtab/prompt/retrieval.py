@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,14 +49,14 @@ QUERIES = 256  # scored together
 Found = list[tuple[int, float]]  # (row, score), best first
 
 
-class Retriever:
+class Retriever(ABC):
     """What ranks the lines of a library for an input."""
 
     name: str
 
+    @abstractmethod
     def scores(self, queries: Sequence[str]) -> torch.Tensor:
         """[Q, L]: higher is closer; a line at -inf is never returned."""
-        raise NotImplementedError
 
     def unknown(self, query: str) -> float:
         """The share of the query's words that the retriever was not trained on; 0 where it was not trained."""
