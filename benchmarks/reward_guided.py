@@ -1,11 +1,12 @@
-"""Reward-guided decoding (ARGS) with a forked cache of the reward model against scoring every candidate from scratch.
+"""Reward-guided decoding (ARGS) with the reward model's cache kept against scoring every candidate from scratch.
 
     python benchmarks/reward_guided.py [--tokens 128] [--k 10] [--rows 1 8] [--repeats 3] [--threads 1]
 
 Same model, prompts and candidates, greedy; the tokens of both sides are asserted equal. From scratch means one batched
 forward of prompt, answer so far and candidate for all candidates of a step, without a cache and without tokenizing; the
 text path (what other tokenizers get) is timed once beside it. End tokens are switched off, so that every answer has all
-its tokens. The ratio is of whole answers, the language model's own steps included on both sides.
+its tokens. The first ratio is of whole answers, the language model's own steps included on both sides; the second is of
+the scoring alone (both sides less the time of the model's greedy answers).
 
 pocket      pocket/base and pocket/reward (4 layers of width 128, 0.9 M parameters each)
 six-layer   random Llamas of 6 layers of width 256 (5 M parameters each), built here
@@ -89,13 +90,21 @@ def timed(policy: Any, prompts: Sequence[str], sampling: Sampling) -> tuple[floa
     return time.perf_counter() - wall, time.process_time() - cpu, done
 
 
-def fork_bytes(reward: Classifier, lm: LM, prompts: Sequence[str], k: int, tokens: int) -> int:
-    """What the caches of all candidates of one step hold, at the last token."""
+def memory(reward: Classifier, lm: LM, prompts: Sequence[str], k: int, tokens: int) -> tuple[float, float, float]:
+    """MiB at the last token: the reward model's cache, what its candidates add to it, what forks of it would hold."""
     scorer = prefix_scorer(reward, lm, prompts, Cost())
     assert isinstance(scorer, CachedScorer)
     scorer.append([[2] * (tokens - 1) for _ in prompts])
-    fork = scorer.session.fork([row for row in range(len(prompts)) for _ in range(k)])
-    return sum(buffer.numel() * buffer.element_size() for layer in fork._layers() for buffer in layer.buffers)
+    owners = [row for row in range(len(prompts)) for _ in range(k)]
+    scorer.score(owners, [[3 + at % k] for at in range(len(owners))])
+    assert scorer.seen is not None
+    column = sum(
+        buffer[: len(prompts), :, 0].numel() * buffer.element_size()
+        for layer in scorer.session._layers()
+        for buffer in layer.buffers
+    )
+    cache, candidates = scorer.session.columns * column, scorer.seen.states.shape[1] * column
+    return cache / 2**20, candidates / 2**20, k * cache / 2**20
 
 
 def measure(label: str, pair: tuple[LM, Classifier, list[str]], tokens: int, k: int, rows: int, repeats: int) -> None:
@@ -113,14 +122,16 @@ def measure(label: str, pair: tuple[LM, Classifier, list[str]], tokens: int, k: 
     seconds = [statistics.median(pair[side][0] for pair in pairs) for side in (0, 1)]
     spent = [pairs[0][side][2].cost.tokens[reward.name] for side in (0, 1)]
     as_text, _, done = timed(text, prompts, sampling)
+    alone = statistics.median((theirs[0] - plain) / (own[0] - plain) for theirs, own in pairs)
+    cache, candidates, forks = memory(reward, lm, prompts, k, tokens)
     same = sum(a == b for a, b in zip(done.tokens, pairs[0][1][2].tokens, strict=True))
     print(
         f"{label:9} {rows:2} rows, T {tokens}, k {k}: from scratch {seconds[0]:7.2f} s ({spent[0]:9,} reward tokens), "
-        f"cached {seconds[1]:6.2f} s ({spent[1]:7,}), ratio {wall:.1f}x (CPU time {cpu:.1f}x)"
+        f"cached {seconds[1]:6.2f} s ({spent[1]:7,}), ratio {wall:.1f}x (CPU time {cpu:.1f}x), scoring {alone:.1f}x"
     )
     print(
         f"{'':9} same tokens; text path {as_text:.2f} s ({same} of {rows} answers equal); the model alone {plain:.2f} s; "
-        f"forks hold {fork_bytes(reward, lm, prompts, k, tokens) / 2**20:.1f} MiB"
+        f"cache {cache:.1f} MiB, candidates {candidates:.1f} MiB beside it (forks: {forks:.1f} MiB)"
     )
 
 

@@ -49,6 +49,26 @@ VOCABULARY: dict[str, frozenset[str]] = {
     ),
     "access": frozenset({"black-box text", "logits", "hidden states", "weights", "gradients", "training"}),
     "modality": frozenset({"text"}),
+    "dimensions": frozenset(
+        {
+            "factuality",
+            "ethics",
+            "toxicity",
+            "bias",
+            "helpfulness",
+            "refusal",
+            "robustness",
+            "calibration",
+            "capability",
+            "diversity",
+            "multilingual",
+            "latent geometry",
+            "reward-model quality",
+            "oversight",
+            "cost",
+        }
+    ),
+    "trainable": frozenset({"none", "head", "block", "adapter", "all"}),
     "produces": frozenset({"weights", "adapter", "decoder", "data", "report"}),
 }
 
@@ -59,6 +79,8 @@ class Card:
 
     infer_multiplier is tokens forwarded per answer relative to plain decoding, as a formula in the method's own keys.
     choose: when to take this method and not another, in a sentence or two.
+    dimensions: what it is meant to change, or (an audit) what it measures.
+    trainable: which of the model's weights it trains; extra_models: further models of the same size that it loads.
     status: `implemented`, `verified_cpu` (every oracle test of its spec passes on a CPU), `verified_gpu`.
     """
 
@@ -86,11 +108,14 @@ class Card:
     status: tuple[str, ...] = ("implemented",)
     example: str = ""
     choose: str = ""
+    dimensions: tuple[str, ...] = ()
+    trainable: str = "none"
+    extra_models: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("goal", "stage", "mechanism", "access", "produces"):
+        for key in ("goal", "stage", "mechanism", "access", "produces", "trainable"):
             self._check(key, (getattr(self, key),))
-        for key in ("signal", "modality"):
+        for key in ("signal", "modality", "dimensions"):
             self._check(key, getattr(self, key))
         unknown_status = set(self.status) - {"implemented", "verified_cpu", "verified_gpu"}
         if unknown_status:

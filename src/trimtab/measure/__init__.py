@@ -1,4 +1,4 @@
-"""Measuring: intervals, diversity, coherence, divergence. Importing this imports neither torch nor scipy."""
+"""Measuring: diagnostics, intervals, diversity, coherence, divergence. Importing this imports neither torch nor scipy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,32 @@ from trimtab.measure.stats import (
     win_rate,
 )
 
+# diagnostics: slug -> (module, class)
+METHODS = {
+    # what a change bought and what it cost
+    "panel": ("panel", "Panel"),
+    "multiple-choice": ("multiple_choice", "MultipleChoice"),
+    "verify": ("verify", "Verify"),
+    "refusal": ("refusal_rate", "RefusalRate"),
+    "lm-eval": ("lm_eval", "LmEval"),
+    # answers
+    "branching-factor": ("branching_factor", "BranchingFactor"),
+    "generation-exploitation": ("generation_exploitation", "GenerationExploitation"),
+    "emergent-misalignment": ("emergent_misalignment", "EmergentMisalignment"),
+    "human-triplets": ("human_triplets", "HumanTriplets"),
+    # inside the model
+    "aqi": ("aqi", "AQI"),
+    "pa-ccs": ("pa_ccs", "PaCcs"),
+    "surrogate-classifier": ("surrogate_classifier", "SurrogateClassifier"),
+    "mexa": ("mexa", "Mexa"),
+    # one against another, and the judges themselves
+    "judge": ("judged", "Judged"),
+    "varco-arena": ("varco_arena", "VarcoArena"),
+    "reward-benchmark": ("reward_benchmark", "RewardBenchmark"),
+}
+
 __all__ = [
+    "METHODS",
     "Diversity",
     "Embedder",
     "Interval",
