@@ -7,6 +7,7 @@ a classifier's body as a language model. Each of these would answer, and wrongly
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,19 @@ def _check_tensors(model: Any, info: dict[str, Any], name: str) -> None:
 
 def _first_sentence(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(":") if str(error).strip() else type(error).__name__
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder a model name means, or None for a Hub id. `pocket/NAME` is a model that ships with trimtab."""
+    if name.startswith("pocket/"):
+        from trimtab import pocket
+
+        return pocket.path(name.removeprefix("pocket/"))
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UsageError(f"{name!r} is a folder without config.json: not a Hugging Face model")
+        return folder
+    if name.count("/") > 1 or name.startswith((".", "~", os.sep)):
+        raise UsageError(f"there is no model folder {name!r}")
+    return None

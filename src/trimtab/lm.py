@@ -8,7 +8,6 @@ own forward.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from jinja2 import TemplateError
 
 from trimtab import attention
-from trimtab.checkpoint import load_pretrained
+from trimtab.checkpoint import load_pretrained, local_folder
 from trimtab.control import Control
 from trimtab.errors import UsageError
 from trimtab.fingerprint import fingerprint
@@ -260,19 +259,3 @@ class LM:
             logprobs.gather(-1, torch.tensor(answer, dtype=torch.long, device=logprobs.device)[:, None])[:, 0].cpu()
             for logprobs, answer in zip(rows, tokens, strict=True)
         ]
-
-
-def local_folder(name: str) -> Path | None:
-    """The folder a model name means, or None for a Hub id. `pocket/NAME` is a model that ships with trimtab."""
-    if name.startswith("pocket/"):
-        from trimtab import pocket
-
-        return pocket.path(name.removeprefix("pocket/"))
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UsageError(f"{name!r} is a folder without config.json: not a Hugging Face model")
-        return folder
-    if name.count("/") > 1 or name.startswith((".", "~", os.sep)):
-        raise UsageError(f"there is no model folder {name!r}")
-    return None

@@ -21,11 +21,12 @@ VERBS = {
     "compare": "the table: policies on your model and prompts, with intervals and costs",
     "fit": "fit a controller and save it",
     "generate": "answer prompts, plainly, with a policy or with a saved controller",
-    "methods": "list the methods, or show one with its options",
+    "measure": "one diagnostic on a model or a policy: refusals, capability, probes, rankings, ...",
+    "methods": "list the methods, show one with its options, or plan which to use",
     "report": "write report.html for a finished run",
 }
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-RESUMABLE = ("quickstart", "compare", "fit")
+RESUMABLE = ("quickstart", "compare", "fit", "measure")
 
 HELP = f"""usage: trimtab VERB [options]
 
@@ -38,6 +39,7 @@ examples:
   trimtab quickstart
   trimtab compare pocket/base --reward pocket/reward --prompts prompts.jsonl --policy best-of-n:n=8
   trimtab compare MODEL --reward sentiment --prompts prompts.txt --policy natural-control:kl_target=0.05
+  trimtab measure refusal MODEL --texts harmful.txt harmless.txt --against OTHER
   trimtab methods natural-control
 
 MODEL is pocket/NAME (base, chat, nano), a local folder or a Hub id.

@@ -36,20 +36,30 @@ def render(
     compare: dict[str, Any], samples: list[Row], sweep: dict[str, Any] | None = None, run: dict[str, Any] | None = None
 ) -> str:
     """The report as one HTML string, from the parsed files of a run directory. The same input gives the same string."""
-    compare, sweep, run = _complete(_clean(compare)), _clean(sweep), _clean(run)
-    samples = [{**dict.fromkeys(answers.COLUMNS), **_clean(row)} for row in samples]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    compare, sweep, run = _complete(clean(compare)), clean(sweep), clean(run)
+    samples = [{**dict.fromkeys(answers.COLUMNS), **clean(row)} for row in samples]
+    template = environment().get_template("template.html.j2")
+    return template.render(context(compare, samples, sweep, run))
+
+
+def environment() -> jinja2.Environment:
+    """The templates of this package, everything escaped, with the filters that they use."""
+    found = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(resource),
     )
-    environment.filters |= {
+    found.filters |= {
         "figure": figure_text,
         "signed": signed,
         "interval": interval,
         "percent": percent,
         "json": pretty,
+        "plain_number": plain_number,
     }
-    template = environment.from_string(_resource("template.html.j2"))
-    return template.render(context(compare, samples, sweep, run))
+    return found
 
 
 def context(
@@ -87,8 +97,8 @@ def context(
         **_traces(samples, names),
         "caveats": caveats(compare, samples, views, (run or {}).get("arguments") or {}),
         **_reproduce(run, compare),
-        "css": Markup("".join(_resource(name) for name in STYLES)),
-        "script": Markup(_resource("script.js")),
+        "css": Markup("".join(resource(name) for name in STYLES)),
+        "script": Markup(resource("script.js")),
         "Markup": Markup,
         "has_coherence": any(number(policy["coherence"]) is not None for policy in compare["policies"]),
         "has_memory": any(number(policy["cost"]["peak_memory_bytes"]) is not None for policy in compare["policies"]),
@@ -271,14 +281,14 @@ def _complete(compare: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(("model", "reward", "gold", "prompts", "samples", "seed")), **compare, "policies": policies}
 
 
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
     """A parsed JSON value with only text that UTF-8 and HTML can hold: anything else becomes U+FFFD."""
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value.replace("\r\n", "\n").replace("\r", "\n"))
     if isinstance(value, list):
-        return [_clean(item) for item in value]
+        return [clean(item) for item in value]
     if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
+        return {clean(key): clean(item) for key, item in value.items()}
     return value
 
 
@@ -309,9 +319,15 @@ def percent(value: Any, digits: int = 0) -> str:
     return "–" if found is None else f"{100 * found:.{digits}f}\u202f%"
 
 
+def plain_number(value: float, sign: bool = False) -> str:
+    """Three decimals, five where the number is small, none where it is large."""
+    digits = 0 if abs(value) >= 1e4 else 3 if abs(value) >= 0.001 or value == 0 else 5
+    return (signed if sign else figure_text)(value, digits)
+
+
 def pretty(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
     return (files("trimtab.report") / name).read_text(encoding="utf-8")
