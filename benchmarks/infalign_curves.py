@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from trimtab import LM, Sampling, pocket
 from trimtab.decode.calibration import mid_ranks
 from trimtab.files import write_atomic
-from trimtab.measure import Interval, paired_difference, verdict
+from trimtab.measure.stats import Interval, paired_difference, verdict
 from trimtab.measure.win_rates import Array, Procedure, Transform, at_kl, curve, kl, of_n_law, tilt, uniform, win_rate
 from trimtab.report.win_rate_curves import Lines, win_rate_figure
 from trimtab.rewards import as_reward

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.measure import mean_interval
+from trimtab.measure.stats import mean_interval
 from trimtab.policies import Built
 from trimtab.table import Measured, policy_record
 

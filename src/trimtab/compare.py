@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 
 from trimtab.budget import Budget, Sized, build_sized
-from trimtab.divergence import divergences, same_tokens
+from trimtab.divergence import Divergence, divergences, same_tokens
 from trimtab.environment import environment
 from trimtab.errors import UsageError
-from trimtab.files import dump_json
+from trimtab.files import digest, dump_json
 from trimtab.lm import LM
+from trimtab.measure.diversity import diversity
+from trimtab.measure.refusal import is_refusal
+from trimtab.measures import Surroundings, Wanted, panels, take
 from trimtab.memory import peak_memory
 from trimtab.policies import Built, Workshop, check_policy, input_digest, policy_key
 from trimtab.policy import Completions, Policy, Prompt, prompt_text
@@ -119,16 +122,19 @@ def run_compare(
     sweep: bool = False,
     coherence: bool = True,
     budget: str | None = None,
+    measures: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build, measure, save. Writes compare.json, samples.jsonl, sweep.json and report.html into `out`.
 
-    budget: "tokens=N" or "kl=X" (see `trimtab.budget`). Everything that can be refused is refused before anything is
+    budget: "tokens=N" or "kl=X" (see `trimtab.budget`). measures: diagnostics as `NAME[:texts=FILE|FILE,key=value]`,
+    asked of every policy. Everything that can be refused is refused before anything is
     written.
     """
     for spec in policies:
         check_policy(spec)
     limit = None if budget is None else Budget.parse(budget)
+    wanted = [Wanted.parse(spec) for spec in measures]
     proxy = parse_reward(reward)
     truth = None if gold is None else parse_reward(gold)
     lm = LM.load(model)
@@ -141,10 +147,11 @@ def run_compare(
         "model": model, "reward": reward, "gold": gold, "prompts": list(prompts), "policies": list(policies),
         "fit_prompts": None if fit_prompts is None else list(fit_prompts), "max_new_tokens": max_new_tokens,
         "temperature": temperature, "seed": seed, "samples": samples, "sweep": sweep, "coherence": coherence,
-        **({"budget": budget} if budget is not None else {}),
+        **({"budget": budget} if budget is not None else {}), **({"measures": list(measures)} if measures else {}),
     }  # fmt: skip
     inputs = {"model": lm.fingerprint, "reward": proxy.fingerprint, "gold": truth.fingerprint if truth else ""}
     inputs |= {spec: found for spec in policies if (found := input_digest(spec))}
+    inputs |= {str(path): digest(path) for one in wanted for path in one.texts}
     with RunDirectory.open(out, "compare", arguments, inputs) as run:
         setting = Setting(lm, prompts, proxy, truth, sampling, run, progress)
         setting.families = _families(prompts)
@@ -158,6 +165,9 @@ def run_compare(
             measured.append(measure(setting, built, number))
             measured[-1].sized = sized
         result = _summary(setting, measured)
+        if wanted:
+            around = Surroundings(list(prompts), sampling.but(samples=1), proxy, lm.fingerprint, run, progress)
+            result["measures"] = take(wanted, measured, around)
         run.save("samples.jsonl", "".join(dump_json(row, indent=None) for one in measured for row in one.rows))
         if sweep:
             run.save_json("sweep", _sweep(setting, measured))
@@ -219,7 +229,7 @@ def _answer(setting: Setting, built: Built, numbers: range) -> dict[str, Any]:
         answers.cost.seconds = time.perf_counter() - start
     rewards = setting.reward.score(answers.prompts, answers.texts)
     golds = setting.gold.score(answers.prompts, answers.texts) if setting.gold is not None else [None] * len(answers)
-    kl, nll, traces = _against_base(setting, built, answers, numbers.start)
+    kl, nll, entropy, traces = _against_base(setting, built, answers, numbers.start)
     rows = []
     for row, text in enumerate(answers.texts):
         index = numbers[row // sampling.samples]
@@ -235,6 +245,9 @@ def _answer(setting: Setting, built: Built, numbers: range) -> dict[str, Any]:
                 "gold": golds[row],
                 "kl": kl[row],
                 "nll_base": nll[row],
+                "entropy": entropy[row],
+                "unrepeated": diversity(answers.tokens[row]).value,
+                "refuses": is_refusal(text),
                 "length": len(answers.tokens[row]),
                 "finish": answers.finish_reasons[row],
                 "trace": traces.get(row),
@@ -248,19 +261,21 @@ def _answer(setting: Setting, built: Built, numbers: range) -> dict[str, Any]:
 
 def _against_base(
     setting: Setting, built: Built, answers: Completions, first: int
-) -> tuple[list[float | None], list[float | None], dict[int, dict[str, Any]]]:
-    """Per answer the mean KL a token (None where the policy has only a bound) and NLL a token; traces of a few."""
+) -> tuple[list[float | None], list[float | None], list[float | None], dict[int, dict[str, Any]]]:
+    """Per answer the mean KL a token (None where the policy has only a bound), NLL and entropy; traces of a few."""
     base, sampling = setting.base, setting.sampling
     traces: dict[int, dict[str, Any]] = {}
+    unknown: list[float | None] = [None] * len(answers)
     if built.family == "base":
-        logprobs = base.score(answers.prompts, answers.tokens)
-        return [0.0] * len(answers), [_mean(-one) for one in logprobs], traces
+        found = divergences(base, base, answers.prompts, answers.tokens, sampling)
+        nll = [_mean(-one.base_logprobs) for one in found]
+        return [0.0] * len(answers), nll, _entropies(found, sampling), traces
     if not same_tokens(built.policy, base):  # another tokenizer: its answers are judged as text alone
-        return [None] * len(answers), [None] * len(answers), traces
+        return unknown, unknown, unknown, traces
     if not hasattr(built.policy, "token_logprobs"):
         nll = [_mean(-one) for one in base.score(answers.prompts, answers.tokens)]
         reported = [_mean(np.array(kl)) for kl in answers.kl or [[]] * len(answers)]
-        return reported, nll, traces
+        return reported, nll, unknown, traces
     found = divergences(built.policy, base, answers.prompts, answers.tokens, sampling)
     if built.controller is not None:
         wanted = [row for row in range(0, len(answers), sampling.samples) if first + row // sampling.samples < TRACED]
@@ -275,7 +290,13 @@ def _against_base(
                 **{key: [round(float(x), 5) for x in values] for key, values in signals.items()},
                 "kl": [round(float(x), 6) for x in found[row].kl],
             }
-    return [_mean(one.kl) for one in found], [_mean(-one.base_logprobs) for one in found], traces
+    nll = [_mean(-one.base_logprobs) for one in found]
+    return [_mean(one.kl) for one in found], nll, _entropies(found, sampling), traces
+
+
+def _entropies(found: Sequence[Divergence], sampling: Sampling) -> list[float | None]:
+    """Mean entropy a token of each answer; of a greedy policy, which has none, None."""
+    return [_mean(one.entropy) if sampling.temperature else None for one in found]
 
 
 def pieces(lm: LM, tokens: Sequence[int]) -> list[str]:
@@ -318,6 +339,7 @@ def _sweep(setting: Setting, measured: Sequence[Measured]) -> dict[str, Any]:
 
 def _summary(setting: Setting, measured: Sequence[Measured]) -> dict[str, Any]:
     """What compare.json holds."""
+    records = [policy_record(one, measured[0], setting.gold is not None) for one in measured]
     return {
         "schema": SCHEMA,
         "model": setting.base.name,
@@ -326,7 +348,8 @@ def _summary(setting: Setting, measured: Sequence[Measured]) -> dict[str, Any]:
         "prompts": len(setting.prompts),
         "samples": setting.sampling.samples,
         "seed": setting.sampling.seed,
-        "policies": [policy_record(one, measured[0], setting.gold is not None) for one in measured],
+        "policies": records,
+        "side_effects": panels(measured, records),
         "environment": environment(),
     }
 

@@ -23,16 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Divergence:
-    """One answer. kl [T] nats, each >= 0; base_logprobs [T] of its tokens under the base at temperature 1."""
+    """One answer. kl [T] nats, each >= 0; base_logprobs [T] of its tokens under the base at temperature 1; entropy [T]
+    of the policy's own next-token distributions, nats."""
 
     kl: torch.Tensor
     base_logprobs: torch.Tensor
+    entropy: torch.Tensor
 
 
 def kl_between(logprobs: torch.Tensor, base_logprobs: torch.Tensor) -> torch.Tensor:
     """KL(p || q) in nats from log-probabilities [..., V] -> [...]. Tokens of probability 0 under p contribute 0."""
     terms = logprobs.exp() * (logprobs - base_logprobs)
     return terms.masked_fill(logprobs == -torch.inf, 0).sum(-1).clamp(min=0)
+
+
+def entropy_of(logprobs: torch.Tensor) -> torch.Tensor:
+    """-sum_v p log p in nats from log-probabilities [..., V] -> [...]; tokens of probability 0 contribute 0."""
+    return -(logprobs.exp() * logprobs).masked_fill(logprobs == -torch.inf, 0).sum(-1)
 
 
 @torch.no_grad()
@@ -48,20 +55,27 @@ def divergences(
         raise UsageError(f"{policy.name} has no next-token distribution: its KL has only a bound")
     softmax = Sampling(temperature=sampling.temperature or 1.0)
     out = []
+    if policy is base:
+        for states, answer in zip(base.hidden_states(prompts, tokens), tokens, strict=True):
+            logits = base.head(states)
+            entropy = entropy_of(softmax.logprobs(logits)).cpu()
+            out.append(Divergence(torch.zeros_like(entropy), _picked(logits.log_softmax(-1), answer), entropy))
+        return out
     if isinstance(policy, Steered) and policy.lm is base and policy.control.final:
         for states, answer in zip(base.hidden_states(prompts, tokens), tokens, strict=True):
             edited = policy.control.edit(states, torch.arange(len(states))).to(states.dtype)
             logits = base.head(states)
-            kl = kl_between(softmax.logprobs(base.head(edited)), softmax.logprobs(logits))
-            out.append(Divergence(kl.cpu(), _picked(logits.log_softmax(-1), answer)))
+            ours = softmax.logprobs(base.head(edited))
+            kl = kl_between(ours, softmax.logprobs(logits))
+            out.append(Divergence(kl.cpu(), _picked(logits.log_softmax(-1), answer), entropy_of(ours).cpu()))
         return out
     if not same_tokens(policy, base):
         raise UsageError(f"{policy.name} and {base.name} have different vocabularies: their KL is not defined")
-    ours = policy.token_logprobs(prompts, tokens, softmax)
-    for states, logprobs, answer in zip(base.hidden_states(prompts, tokens), ours, tokens, strict=True):
+    distributions = policy.token_logprobs(prompts, tokens, softmax)
+    for states, logprobs, answer in zip(base.hidden_states(prompts, tokens), distributions, tokens, strict=True):
         logits = base.head(states)
         kl = kl_between(logprobs, softmax.logprobs(logits))
-        out.append(Divergence(kl.cpu(), _picked(logits.log_softmax(-1), answer)))
+        out.append(Divergence(kl.cpu(), _picked(logits.log_softmax(-1), answer), entropy_of(logprobs).cpu()))
     return out
 
 

@@ -15,7 +15,7 @@ from trimtab import LM, Completions, Cost, Sampling, Steered
 from trimtab.control import FunctionControl
 from trimtab.decode import BestOfN
 from trimtab.errors import UsageError
-from trimtab.measure import best_of_n_bound
+from trimtab.measure.kl import best_of_n_bound
 
 PROMPTS = ["ba da fa la", "ma na", "pe"]
 PLAIN = Sampling()

@@ -20,7 +20,7 @@ from trimtab.decode.cd_blockwise import CdBlockwise
 from trimtab.decode.cd_q import CdQ
 from trimtab.errors import UsageError
 from trimtab.generation import sample
-from trimtab.measure import best_of_n_bound
+from trimtab.measure.kl import best_of_n_bound
 from trimtab.rewards import Function
 from trimtab.rewards.prefix import UnfinishedText
 from trimtab.sampling import uniforms

@@ -20,7 +20,7 @@ from trimtab.decode import BestOfN
 from trimtab.decode.calibration import Calibrator, prompt_hash
 from trimtab.decode.infalign import InfAlign, entropy, inverse_cdf, ranks_within, selection_kl_bound
 from trimtab.errors import UsageError
-from trimtab.measure import best_of_n_bound
+from trimtab.measure.kl import best_of_n_bound
 from trimtab.measure.win_rates import Array, Transform, kl, mid_ranks, of_n_law, tilt
 from trimtab.rewards import Function
 from trimtab.steer.static_re import StaticRE

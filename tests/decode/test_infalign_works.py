@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from trimtab import LM, Sampling, pocket
 from trimtab.decode.calibration import Calibrator, mid_ranks
 from trimtab.decode.infalign import InfAlign
-from trimtab.measure import Interval, paired_difference
+from trimtab.measure.stats import Interval, paired_difference
 from trimtab.measure.win_rates import Array, Transform, kl, of_n_law, tilt, win_rate
 from trimtab.rewards import as_reward
 

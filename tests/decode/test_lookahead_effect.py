@@ -41,8 +41,7 @@ from trimtab.decode.args import Args
 from trimtab.decode.best_of_n import BestOfN
 from trimtab.decode.deal import Deal
 from trimtab.decode.transfer_q import TransferQ
-from trimtab.measure import paired_difference
-from trimtab.measure.stats import sign_test
+from trimtab.measure.stats import paired_difference, sign_test
 from trimtab.policy import Completions, Prompt
 from trimtab.rewards import Function, Keyword, PocketJudge, WeightedSum
 

@@ -19,7 +19,7 @@ from trimtab import LM, Completions, Cost, Sampling, pocket
 from trimtab.decode.majority_vote import MajorityVote, MajorityVoteConfig
 from trimtab.decode.mbr import MBR, MBRConfig
 from trimtab.errors import UsageError
-from trimtab.measure import paired_difference
+from trimtab.measure.stats import paired_difference
 from trimtab.rewards import as_reward
 
 P = [0.4, 0.3, 0.2, 0.1]

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from trimtab.errors import UsageError
-from trimtab.measure import Embedder, coherence, load_embedder
-from trimtab.measure.coherence import cut_at_next_turn
+from trimtab.measure.coherence import Embedder, coherence, cut_at_next_turn, load_embedder
 
 
 class Letters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab.measure import distinct, diversity, mean_diversity, words
+from trimtab.measure.diversity import distinct, diversity, mean_diversity, words
 
 REPEATED, TEN = "a b a b a b a b a b".split(), "one two three four five six seven eight nine ten".split()
 

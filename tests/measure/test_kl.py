@@ -11,7 +11,7 @@ from scipy.special import rel_entr, softmax
 
 from trimtab.divergence import kl_between
 from trimtab.errors import UsageError
-from trimtab.measure import best_of_n_bound
+from trimtab.measure.kl import best_of_n_bound
 
 
 def test_bound() -> None:

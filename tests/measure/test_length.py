@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from trimtab.errors import UsageError
-from trimtab.measure import length_correlation
+from trimtab.measure.length import length_correlation
 
 
 def test_overall_is_spearman() -> None:

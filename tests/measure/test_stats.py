@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from trimtab.errors import UsageError
-from trimtab.measure import (
+from trimtab.measure.stats import (
     Interval,
     holm,
     mean_interval,

@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from oracles.toy import Toy
 from trimtab.errors import UsageError
-from trimtab.measure import best_of_n_bound
+from trimtab.measure.kl import best_of_n_bound
 from trimtab.measure.win_rates import (
     Array,
     Rates,

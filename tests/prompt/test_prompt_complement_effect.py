@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from trimtab import LM, Sampling, pocket
-from trimtab.measure import paired_difference
+from trimtab.measure.stats import paired_difference
 from trimtab.parts import Parts
 from trimtab.pocket import tone, world
 from trimtab.policy import Cost, Prompt, prompt_text

@@ -20,6 +20,8 @@ EXAMPLES = """\
   trimtab compare MODEL --reward sentiment --prompts openings.txt --policy natural-control --sweep
   trimtab compare MODEL --reward sentiment --prompts p.txt --budget tokens=400 --policy best-of-n --policy qalign
   trimtab compare MODEL --reward sentiment --prompts p.txt --policy "best-of-n:n=4 over natural-control"
+  trimtab compare MODEL --reward sentiment --prompts p.txt --policy natural-control --measure branching-factor \
+      --measure "refusal:texts=harmful.txt|harmless.txt"
   trimtab compare MODEL --reward length:target=30 --prompts p.txt --policy best-of-n:n=4 --json - > table.json
   trimtab compare MODEL --reward sentiment --prompts p.txt --policy re-control:controller=fits/mine"""
 
@@ -48,6 +50,13 @@ def run(words: list[str]) -> None:
         metavar="tokens=N|kl=X",
         help="size every policy to N tokens forwarded an answer (all models), or to a KL of X nats a token",
     )
+    parser.add_argument(
+        "--measure",
+        action="append",
+        default=[],
+        metavar="NAME[:texts=FILE|FILE,...]",
+        help="a diagnostic (trimtab methods) asked of every policy; may be repeated",
+    )
     parser.add_argument("--no-coherence", action="store_true", help="leave out the measure that needs a text embedder")
     add_sampling(parser)
     parser.add_argument("--samples", type=whole(1), default=1, metavar="K", help="answers a prompt (1)")
@@ -73,6 +82,7 @@ def run(words: list[str]) -> None:
         "seed": args.seed,
         "samples": args.samples,
         **({"budget": args.budget} if args.budget else {}),
+        **({"measures": args.measure} if args.measure else {}),
     }
     compare_and_print(settings, Path(args.out) if args.out else default_out(settings), args.json)
 

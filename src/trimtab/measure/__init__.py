@@ -1,24 +1,15 @@
-"""Measuring: diagnostics, intervals, diversity, coherence, divergence. Importing this imports neither torch nor scipy."""
+"""Measuring: diagnostics, and the statistics they rest on. This dict is the list of the diagnostics.
+
+Statistics are in `stats` (intervals, differences, win rates), `ratings`, `uncertainty`; what a diagnostic is, in `diagnostic`
+and `measurement`. Importing this imports nothing heavy.
+"""
 
 from __future__ import annotations
 
-from trimtab.measure.coherence import Embedder, coherence, load_embedder
-from trimtab.measure.diversity import Diversity, distinct, diversity, mean_diversity, words
-from trimtab.measure.kl import best_of_n_bound
-from trimtab.measure.length import LengthCorrelation, length_correlation
-from trimtab.measure.stats import (
-    Interval,
-    WinRate,
-    holm,
-    mean_interval,
-    paired_difference,
-    prompts_needed,
-    sign_test,
-    verdict,
-    win_rate,
-)
+import importlib
+from typing import Any
 
-# diagnostics: slug -> (module, class)
+# slug -> (module, class)
 METHODS = {
     # what a change bought and what it cost
     "panel": ("panel", "Panel"),
@@ -42,26 +33,9 @@ METHODS = {
     "reward-benchmark": ("reward_benchmark", "RewardBenchmark"),
 }
 
-__all__ = [
-    "METHODS",
-    "Diversity",
-    "Embedder",
-    "Interval",
-    "LengthCorrelation",
-    "WinRate",
-    "best_of_n_bound",
-    "coherence",
-    "distinct",
-    "diversity",
-    "holm",
-    "length_correlation",
-    "load_embedder",
-    "mean_diversity",
-    "mean_interval",
-    "paired_difference",
-    "prompts_needed",
-    "sign_test",
-    "verdict",
-    "win_rate",
-    "words",
-]
+
+def __getattr__(name: str) -> Any:
+    for module, cls in METHODS.values():
+        if name == cls:
+            return getattr(importlib.import_module(f"trimtab.measure.{module}"), cls)
+    raise AttributeError(f"module 'trimtab.measure' has no attribute {name!r}")

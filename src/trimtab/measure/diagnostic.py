@@ -7,6 +7,7 @@ compared unit by unit: by default the paired difference of every column of `samp
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ class Subject:
     prompts    prompts that are at hand already (those of a comparison); `read_prompts` prefers `texts`
     sampling   how answers are drawn: length, temperature, seed
     reward     a `Reward` where one was given; judge: a judge's spec where one was given
+    reference  what this subject is compared with, for diagnostics that need both at once (`Diagnostic.REFERENCE`)
     """
 
     policy: Policy
@@ -45,6 +47,7 @@ class Subject:
     sampling: Sampling = Sampling()
     reward: Any | None = None
     judge: str | None = None
+    reference: Subject | None = None
     cache: Cache = field(default_factory=lambda: Cache(None))
     progress: Progress | None = None
     meter: Cost = field(default_factory=Cost)
@@ -101,7 +104,10 @@ class Subject:
         }
 
     def answers(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> Completions:
-        """Answers in fixed chunks of prompts, each with its own seed and cached as soon as it is drawn."""
+        """Answers in fixed chunks of prompts, each with its own seed and cached as soon as it is drawn.
+
+        Their `cost` is what drawing them took, then or now; `meter` is charged for what is drawn now.
+        """
         sampling = sampling or self.sampling
         parts = []
         for first in range(0, len(prompts), CHUNK):
@@ -110,14 +116,16 @@ class Subject:
             key = fingerprint_of("answers", self.identity, part, seeded.to_dict())
             known = self.cache.load("answers", key)
             if known is not None:
-                parts.append(Completions(**known, cost=Cost()))
+                parts.append(Completions(**{**known, "cost": Cost(**known["cost"])}))
                 continue
             self.say(f"{self.name}: prompts {first + 1} to {first + len(part)} of {len(prompts)}")
+            start = time.perf_counter()
             drawn = self.policy.generate(part, seeded)
+            drawn.cost.seconds = time.perf_counter() - start
             merged = self.meter + drawn.cost
             for name in ("tokens", "reward_calls", "seconds"):
                 setattr(self.meter, name, getattr(merged, name))
-            columns = ("prompts", "texts", "tokens", "logprobs", "finish_reasons", "kl")
+            columns = ("prompts", "texts", "tokens", "logprobs", "finish_reasons", "kl", "cost")
             self.cache.save("answers", key, {name: getattr(drawn, name) for name in columns})
             parts.append(drawn)
         return Completions.concatenate(parts)
@@ -127,12 +135,14 @@ class Diagnostic(ABC):
     """One way to measure. Subclasses set `slug` and `Config`, and implement `measure`.
 
     TEXTS        what --texts must hold, in words; "" where none is needed
+    REFERENCE    the first subject is measured with the second at hand (`Subject.reference`)
     TOGETHER     it measures several subjects in one go: `measure_together` instead of `measure` and `compare`
     """
 
     slug: ClassVar[str]
     Config: ClassVar[type[Any]]
     TEXTS: ClassVar[str] = ""
+    REFERENCE: ClassVar[bool] = False
     TOGETHER: ClassVar[bool] = False
 
     def __init__(self, config: Any | None = None) -> None:

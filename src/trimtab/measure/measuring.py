@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +95,7 @@ def run_measure(
     about = [tool.slug, dataclasses.asdict(tool.config), texts, asked.reward, asked.judge, asked.template]
     about += [asked.sampling.to_dict(), trimtab.__version__, _inputs(asked)]
 
-    def taken(names: Sequence[str], take: Any) -> Measurement:
+    def taken(names: Sequence[str], take: Callable[[], Measurement]) -> Measurement:
         key = fingerprint_of(*about, [identities[list(subjects).index(name)] for name in names], list(names))
         known = cache.load("measurements", key)
         if known is None:
@@ -105,7 +105,15 @@ def run_measure(
         return Measurement.from_dict(known)
 
     def one(name: str) -> Measurement:
-        return taken([name], lambda: tool.measure(bench.subject(name)))
+        if not tool.REFERENCE or name != subjects[0] or len(subjects) == 1:
+            return taken([name], lambda: tool.measure(bench.subject(name)))
+
+        def take() -> Measurement:
+            subject = bench.subject(name)
+            subject.reference = bench.subject(subjects[1])
+            return tool.measure(subject)
+
+        return taken(list(subjects[:2]), take)
 
     if tool.TOGETHER:
         return Measured([taken(subjects, lambda: tool.measure_together([bench.subject(name) for name in subjects]))])
@@ -174,10 +182,17 @@ class _Bench:
             fitted = self.asked.sampling.but(samples=1)
             policy = Workshop(policy, self.reward, prompts, fitted, progress=self.progress).build(spec).policy
             policy.name = name
+        asked = self.asked
         return Subject(
-            policy, self.identity(name), list(self.asked.texts), [], self.asked.sampling, self.reward, self.asked.judge,
-            self.cache, self.progress,
-        )  # fmt: skip
+            policy,
+            self.identity(name),
+            texts=list(asked.texts),
+            sampling=asked.sampling,
+            reward=self.reward,
+            judge=asked.judge,
+            cache=self.cache,
+            progress=self.progress,
+        )
 
 
 def split_subject(name: str) -> tuple[str | None, str]:

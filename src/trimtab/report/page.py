@@ -12,10 +12,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from trimtab.report import answers, figures, svg, tokens
+from trimtab.report import answers, figures, side_effects, svg, tokens
 from trimtab.report import sweep as sweeps
 from trimtab.report.analysis import PICK_RULE, Estimate, GoodRule, Row, number, pair_rows, paired_difference
 from trimtab.report.caveats import caveats
+from trimtab.report.drawings import drawn
 from trimtab.report.figures import PolicyView
 
 STYLES = ("theme.css", "style.css", "charts.css", "tokens.css")
@@ -97,6 +98,11 @@ def context(
         **_traces(samples, names),
         "caveats": caveats(compare, samples, views, (run or {}).get("arguments") or {}),
         **_reproduce(run, compare),
+        "side_effects": compare.get("side_effects"),
+        "side_effect_picture": Markup(side_effects.picture(compare.get("side_effects"))),
+        "moved": side_effects.moved,
+        "measures": compare.get("measures") or [],
+        "drawn": drawn,
         "css": Markup("".join(resource(name) for name in STYLES)),
         "script": Markup(resource("script.js")),
         "Markup": Markup,

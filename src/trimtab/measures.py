@@ -1,0 +1,200 @@
+"""What a comparison measures besides its table: the side-effect panel, and the diagnostics asked for with --measure.
+
+The panel is made from the answers that the table rests on, so it costs nothing more. A diagnostic is asked of every
+policy of the comparison and each is compared with the base; one that a policy cannot be asked (hidden states of a
+best-of-n) says so in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import UsageError
+from trimtab.measure.cache import Cache
+from trimtab.measure.diagnostic import Diagnostic, Progress, Subject, files_digest, said
+from trimtab.measure.measurement import Change, Comparison, Measurement, fingerprint_of
+from trimtab.measure.measuring import diagnostic
+from trimtab.measure.panel import KL, Panel, fill
+from trimtab.measure.stats import Interval
+from trimtab.policy import Prompt
+from trimtab.run import RunDirectory
+from trimtab.sampling import Sampling
+from trimtab.spec import parse_spec
+from trimtab.table import Measured
+
+# column of samples.jsonl -> line of the panel, weighed by tokens
+_PER_TOKEN = {"kl": KL, "nll_base": "NLL under the base", "entropy": "entropy per token"}
+
+
+def panels(measured: Sequence[Measured], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The `side_effects` of compare.json: a panel a policy, and each policy's against the base's.
+
+    records: the policies' rows of the table; the win rate is the table's (over rows, not over prompts' means).
+    """
+    found = [_panel(one) for one in measured]
+    compared = []
+    for one, record in zip(found[1:], records[1:], strict=True):
+        comparison = Panel().compare(one, found[0])
+        won, judge = record["win_rate"], "gold" if record["gold"] is not None else "reward"
+        changes = [change for change in comparison.changes if change.label != "win rate"]
+        if won is not None and won["mean"] is not None:
+            low, high = (None if won[end] is None else won[end] - 0.5 for end in ("low", "high"))
+            over = Interval(won["mean"] - 0.5, low, high)
+            note = f"by {judge}; the difference is from one half"
+            changes.insert(
+                0,
+                Change(
+                    "win rate", won["mean"], None, over.mean, over.low, over.high, len(one.units),
+                    said(over, "higher"), note=note,
+                ),
+            )  # fmt: skip
+        comparison.changes = changes
+        compared.append(comparison)
+    return {"measurements": [_brief(one) for one in found], "comparisons": [one.to_dict() for one in compared]}
+
+
+def _panel(one: Measured) -> Measurement:
+    rows = one.rows
+    units = list(dict.fromkeys(row["prompt_index"] for row in rows))
+    columns = {name: _means(one, units, [row[name] for row in rows]) for name in ("reward", "gold")}
+    columns |= {
+        "unrepeated n-grams": _means(one, units, [row["unrepeated"] for row in rows]),
+        "answers that refuse": _means(one, units, [float(row["refuses"]) for row in rows]),
+        "length in tokens": _means(one, units, [float(row["length"]) for row in rows]),
+        "answers cut off": _means(one, units, [float(row["finish"] == "length") for row in rows]),
+    }
+    for name, label in _PER_TOKEN.items():
+        if name != "kl" or one.built.family != "base":
+            columns[label] = _token_means(one, units, name)
+    out = Measurement("panel", one.built.name, {"model": one.built.name}, "prompt", [str(unit) for unit in units])
+    fill(out, {label: values for label, values in columns.items() if any(value is not None for value in values)})
+    out.figures = []
+    answers = max(1, len(rows))
+    out.details = {"tokens_per_answer": one.tokens_forwarded / answers, "seconds_per_answer": one.seconds / answers}
+    return out
+
+
+def _means(one: Measured, units: Sequence[int], values: Sequence[float | None]) -> list[float | None]:
+    """The mean of each prompt's judged rows; None where there is none."""
+    known: dict[int, list[float]] = {unit: [] for unit in units}
+    for row, value in zip(one.rows, values, strict=True):
+        if value is not None:
+            known[row["prompt_index"]].append(value)
+    return [sum(found) / len(found) if found else None for found in known.values()]
+
+
+def _token_means(one: Measured, units: Sequence[int], name: str) -> list[float | None]:
+    """The mean over the tokens of each prompt's answers, from the means over each answer's."""
+    total = dict.fromkeys(units, 0.0)
+    count = dict.fromkeys(units, 0)
+    for row in one.rows:
+        if row[name] is not None and row["length"]:
+            total[row["prompt_index"]] += row[name] * row["length"]
+            count[row["prompt_index"]] += row["length"]
+    return [total[unit] / count[unit] if count[unit] else None for unit in units]
+
+
+@dataclass
+class Wanted:
+    """A diagnostic asked for by `NAME[:texts=FILE|FILE,key=value,...]`."""
+
+    spec: str
+    tool: Diagnostic
+    texts: list[Path]
+
+    @classmethod
+    def parse(cls, spec: str) -> Wanted:
+        """UsageError for an unknown name or key, an absent file, and one that sets models against one another."""
+        name, options = parse_spec(spec)
+        texts = [Path(path) for path in options.pop("texts", "").split("|") if path]
+        files_digest(texts)
+        tool = diagnostic(name, dict(options))
+        if tool.TOGETHER:
+            raise UsageError(f"{name} ranks models: use `trimtab measure {name} MODEL --against MODEL`")
+        return cls(spec, tool, texts)
+
+
+@dataclass
+class Surroundings:
+    """What the diagnostics of one comparison share."""
+
+    prompts: list[Prompt]
+    sampling: Sampling
+    reward: Any
+    base_fingerprint: str
+    run: RunDirectory | None
+    progress: Progress | None
+
+
+def take(wanted: Sequence[Wanted], measured: Sequence[Measured], around: Surroundings) -> list[dict[str, Any]]:
+    """The `measures` of compare.json: for each diagnostic a measurement a policy, comparisons with the base, refusals."""
+    out = []
+    for at, one in enumerate(wanted):
+        taken: list[Measurement | None] = []
+        refused: dict[str, str] = {}
+        base: Subject | None = None
+        for number, policy in enumerate(measured):
+            subject = _subject(policy, one, around)
+            base = base or subject
+            if one.tool.REFERENCE and number:
+                subject.reference = base
+            try:
+                taken.append(_measurement(one, at, number, subject, around))
+            except UsageError as error:
+                if not number:
+                    raise  # what the base cannot be asked is a wrong command
+                taken.append(None)
+                refused[policy.built.name] = str(error)
+        compared: list[Comparison] = []
+        first = taken[0]
+        assert first is not None
+        for found in taken[1:]:
+            if found is not None:
+                compared.append(one.tool.compare(found, first))
+        out.append(
+            {
+                "name": one.tool.slug,
+                "spec": one.spec,
+                "measurements": [_brief(found) for found in taken if found is not None],
+                "comparisons": [found.to_dict() for found in compared],
+                "refused": refused,
+            }
+        )
+    return out
+
+
+def _subject(policy: Measured, one: Wanted, around: Surroundings) -> Subject:
+    cache = Cache(None) if around.run is None else Cache(around.run.path / "cache")
+    return Subject(
+        policy.built.policy,
+        fingerprint_of(around.base_fingerprint, policy.built.name, policy.built.settings),
+        texts=one.texts,
+        prompts=around.prompts,
+        sampling=around.sampling,
+        reward=around.reward,
+        cache=cache,
+        progress=around.progress,
+    )
+
+
+def _measurement(one: Wanted, at: int, number: int, subject: Subject, around: Surroundings) -> Measurement:
+    """Kept in the run directory, so that a resumed comparison does not ask again."""
+    key = f"measures/{at:02d}-{number:02d}"
+    known = None if around.run is None else around.run.load_json(key)
+    if known is not None:
+        return Measurement.from_dict(known)
+    if around.progress is not None:
+        around.progress(f"{one.tool.slug} of {subject.name}")
+    found = one.tool.measure(subject)
+    if around.run is not None:
+        around.run.save_json(key, found.to_dict())
+    return found
+
+
+def _brief(one: Measurement) -> dict[str, Any]:
+    """A measurement without its samples and raw record: those are in the run directory."""
+    whole: Mapping[str, Any] = one.to_dict()
+    return {**whole, "samples": {}, "units": [], "details": {}}
