@@ -80,6 +80,7 @@ class Card:
     infer_multiplier is tokens forwarded per answer relative to plain decoding, as a formula in the method's own keys.
     choose: when to take this method and not another, in a sentence or two.
     dimensions: what it is meant to change, or (an audit) what it measures.
+    requires: signals of which all are needed; empty: any one of `signal` is enough.
     trainable: which of the model's weights it trains; extra_models: further models of the same size that it loads.
     status: `implemented`, `verified_cpu` (every oracle test of its spec passes on a CPU), `verified_gpu`.
     """
@@ -109,6 +110,7 @@ class Card:
     example: str = ""
     choose: str = ""
     dimensions: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     trainable: str = "none"
     extra_models: int = 0
 
@@ -117,6 +119,8 @@ class Card:
             self._check(key, (getattr(self, key),))
         for key in ("signal", "modality", "dimensions"):
             self._check(key, getattr(self, key))
+        if not {*self.requires} <= {*self.signal}:
+            raise UsageError(f"card {self.slug!r}: what it requires is not among its signals")
         unknown_status = set(self.status) - {"implemented", "verified_cpu", "verified_gpu"}
         if unknown_status:
             raise UsageError(f"card {self.slug!r}: unknown status {sorted(unknown_status)}")

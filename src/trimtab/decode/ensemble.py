@@ -49,6 +49,7 @@ CARD = Card(
     stage="decode",
     mechanism="contrastive-decoding",
     signal=("none",),
+    extra_models=1,
     access="logits",
     produces="decoder",
     needs=("two or more local causal language models of similar skill",),

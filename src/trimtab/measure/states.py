@@ -44,12 +44,14 @@ class States:
     layers    L + 1: the embeddings and L blocks
     counts    tokens in each span, [n]
     lengths   tokens in each text, [n]
+    cache     whose folder it is; a temporary one goes with it
     """
 
     folder: Path
     layers: int
     counts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
+    cache: Cache
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -123,15 +125,12 @@ def read_states(
             raise UsageError(f"text {number + 1} has {len(row)} tokens; {lm.name} has a context of {limit}: shorten it")
         if not 0 <= start < end <= len(row):
             raise UsageError(f"text {number + 1}: there are no tokens {start} to {end} in its {len(row)}")
-    cache = cache if cache is not None else Cache(None)
-    keep = cache if control is None else Cache(None)
+    keep = cache if cache is not None and control is None else Cache(None)
     dtype = str(lm.unembedding.dtype)
     key = fingerprint_of(lm.fingerprint, dtype, [list(row) for row in rows], [list(span) for span in spans])
     folder = keep.folder("states", key, lambda path: _fill(path, lm, rows, spans, control, meter, progress))
-    if keep is not cache:
-        cache._temporary += keep._temporary  # the folder lives as long as the caller's cache
     about = json.loads((folder / "about.json").read_text())
-    return States(folder, about["layers"], np.array(about["counts"]), np.array([len(row) for row in rows]))
+    return States(folder, about["layers"], np.array(about["counts"]), np.array([len(row) for row in rows]), keep)
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ CARD = Card(
     stage="steer",
     mechanism="value-function-control",
     signal=("scalar reward", "pairs"),
+    requires=("scalar reward",),
     access="hidden states",
     produces="decoder",
     needs=("a local causal language model", "a reward on finished text", "prompts to roll out", "pairs (or none)"),
