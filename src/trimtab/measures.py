@@ -48,7 +48,7 @@ def panels(measured: Sequence[Measured], records: Sequence[Mapping[str, Any]]) -
                 0,
                 Change(
                     "win rate", won["mean"], None, over.mean, over.low, over.high, len(one.units),
-                    said(over, "higher"), note=note,
+                    said(over, "higher") if low is not None else record["verdict"], note=note,
                 ),
             )  # fmt: skip
         comparison.changes = changes

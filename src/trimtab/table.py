@@ -66,7 +66,7 @@ def policy_record(one: Measured, base: Measured, has_gold: bool) -> dict[str, An
         "reward": mean_interval(one.column("reward"), one.clusters).to_dict(),
         "gold": mean_interval(one.column("gold"), one.clusters).to_dict() if has_gold else None,
         "win_rate": None if wins is None else wins.rate.to_dict(),
-        "verdict": "base" if difference is None else verdict(difference),
+        "verdict": "base" if difference is None or wins is None else verdict(difference, wins.p_value),
         "kl_per_token": {"mean": 0.0, "low": 0.0, "high": 0.0} if is_base else _per_token(one, "kl"),
         "kl_bound": None if bound is None or not lengths else bound / lengths,
         "nll_base_per_token": (_per_token(one, "nll_base") or {"mean": None})["mean"],

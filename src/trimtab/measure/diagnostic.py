@@ -18,7 +18,7 @@ from trimtab.errors import UsageError
 from trimtab.files import digest
 from trimtab.measure.cache import Cache
 from trimtab.measure.measurement import Better, Change, Comparison, Measurement, Said, check_alike, fingerprint_of
-from trimtab.measure.stats import Interval, paired_difference, verdict
+from trimtab.measure.stats import Interval, paired_difference, sign_test, verdict
 from trimtab.policy import Completions, Cost, Policy, Prompt
 from trimtab.prompts import read_prompts
 from trimtab.sampling import Sampling, derive_seed
@@ -167,19 +167,27 @@ class Diagnostic(ABC):
 
 
 def paired_change(first: Measurement, second: Measurement, label: str) -> Change:
-    """The mean difference of one column with its interval (BCa over units), and what it means for the first."""
+    """The mean difference of one column with its interval (BCa over units), and what it means for the first.
+
+    Where all units differ alike there is no interval, and the exact sign test stands in its place.
+    """
     row = first.row(label)
     a, b = ([float("nan") if x is None else x for x in side.samples[label]] for side in (first, second))
     difference = paired_difference(a, b)
+    known = [x - y for x, y in zip(a, b, strict=True) if x - y == x - y]
+    signs = sign_test(sum(one > 0 for one in known), sum(one < 0 for one in known)) if difference.low is None else None
     return Change(
         label, row.value, second.row(label).value, difference.mean, difference.low, difference.high,
-        difference.prompts, said(difference, row.better),
+        difference.prompts, said(difference, row.better, signs), signs,
     )  # fmt: skip
 
 
-def said(difference: Interval, better: Better) -> Said:
-    """The verdict on first - second where `better` is good; "changed" where neither direction is."""
-    found = verdict(difference)
+def said(difference: Interval, better: Better, p_value: float | None = None) -> Said:
+    """The verdict on first - second where `better` is good; "changed" where neither direction is.
+
+    p_value: of the sign test, which decides where there is no interval (see `stats.verdict`).
+    """
+    found = verdict(difference, p_value)
     if found == "undecided" or better == "higher":
         return found
     if better == "":

@@ -185,7 +185,7 @@ def bought(first: Measurement, second: Measurement) -> list[Change]:
     over = Interval(rate - 0.5, None if low is None else low - 0.5, None if high is None else high - 0.5)
     return [
         Change(
-            "win rate", rate, 1 - rate, over.mean, over.low, over.high, won.rate.prompts, said(over, "higher"),
+            "win rate", rate, 1 - rate, over.mean, over.low, over.high, won.rate.prompts, said(over, "higher", won.p_value),
             won.p_value, f"by {judge}; the difference is from one half",
         )
     ]  # fmt: skip

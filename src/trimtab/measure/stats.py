@@ -142,10 +142,16 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return out
 
 
-def verdict(difference: Interval) -> Verdict:
-    """Of policy - base: "better", "worse" where the interval lies above, below 0; else, or undefined, "undecided"."""
+def verdict(difference: Interval, p_value: float | None = None) -> Verdict:
+    """Of policy - base: "better", "worse" where the interval lies above, below 0, else "undecided".
+
+    p_value: of the sign test over prompts. It decides (at 1 - LEVEL) where every prompt differs by the same amount and no
+    interval is defined: a change from never to always is no doubtful one.
+    """
     if difference.low is None or difference.high is None:
-        return "undecided"
+        if p_value is None or p_value > 1 - LEVEL or not difference.mean:
+            return "undecided"
+        return "better" if difference.mean > 0 else "worse"
     return "better" if difference.low > 0 else "worse" if difference.high < 0 else "undecided"
 
 
