@@ -142,7 +142,7 @@ def take(wanted: Sequence[Wanted], measured: Sequence[Measured], around: Surroun
             if one.tool.REFERENCE and number:
                 subject.reference = base
             try:
-                taken.append(_measurement(one, at, number, subject, around))
+                taken.append(_measurement(one, f"measures/{at:02d}-{number:02d}", policy.built.name, subject, around))
             except UsageError as error:
                 if not number:
                     raise  # what the base cannot be asked is a wrong command
@@ -180,15 +180,15 @@ def _subject(policy: Measured, one: Wanted, around: Surroundings) -> Subject:
     )
 
 
-def _measurement(one: Wanted, at: int, number: int, subject: Subject, around: Surroundings) -> Measurement:
+def _measurement(one: Wanted, key: str, name: str, subject: Subject, around: Surroundings) -> Measurement:
     """Kept in the run directory, so that a resumed comparison does not ask again."""
-    key = f"measures/{at:02d}-{number:02d}"
     known = None if around.run is None else around.run.load_json(key)
     if known is not None:
         return Measurement.from_dict(known)
     if around.progress is not None:
-        around.progress(f"{one.tool.slug} of {subject.name}")
+        around.progress(f"{one.tool.slug} of {name}")
     found = one.tool.measure(subject)
+    found.subject = name
     if around.run is not None:
         around.run.save_json(key, found.to_dict())
     return found
