@@ -72,8 +72,8 @@ def test_a_diagnostic_of_every_policy(
     before = (out / "compare.json").read_bytes()
     (out / "compare.json").unlink()
     monkeypatch.setattr(LM, "generate", lambda *_, **__: pytest.fail("an answer was drawn"))
-    assert run(model, out, measures=[f"refusal:texts={texts},samples=2"])["measures"] == result["measures"]
-    assert json.loads((out / "compare.json").read_text())["policies"] == json.loads(before)["policies"]
+    run(model, out, measures=[f"refusal:texts={texts},samples=2"])
+    assert (out / "compare.json").read_bytes() == before
     # other texts are another run
     texts.write_text("pe\n")
     with pytest.raises(UsageError):
