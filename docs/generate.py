@@ -6,6 +6,7 @@ mkdocs runs this as a hook; nothing is written to the source folder, so a page c
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -13,23 +14,31 @@ import os
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from types import ModuleType
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from trimtab import catalogue, cli
+from trimtab import catalogue, cli, measure
 from trimtab.card import Card
 from trimtab.policies import layers
 from trimtab.spec import parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "shootout.json"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The order of the pages; a new method appears by itself."""
     config.nav = [
         {"trimtab": "index.md"},
-        {"Methods": ["methods/index.md", *(f"methods/{slug}.md" for slug in catalogue.METHODS)]},
+        {
+            "Methods": [
+                "methods/index.md",
+                *(f"methods/{slug}.md" for slug in catalogue.METHODS if slug not in measure.METHODS),
+            ]
+        },
+        {"Measuring": ["measuring.md", *(f"methods/{slug}.md" for slug in measure.METHODS), "coverage.md"]},
         {"The shoot-out": "shootout.md"},
         {"Natural Control, measured": "natural-control.md"},
         {"Commands": "commands.md"},
@@ -44,6 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages."""
     pages: dict[str, Callable[[], str]] = {
         "methods/index.md": _methods,
+        "coverage.md": lambda: _coverage().page(catalogue.cards(), RESULTS),
         "commands.md": _commands,
         "add-a-method.md": lambda: _text("CONTRIBUTING.md"),
         "changelog.md": lambda: _text("CHANGELOG.md"),
@@ -69,7 +79,7 @@ def _methods() -> str:
         "| method | stage | status | access | tokens per answer | what it does |",
         "|---|---|---|---|---|---|",
     ]
-    for card in catalogue.cards():
+    for card in sorted(catalogue.cards(), key=lambda card: card.stage == "audit"):
         cells = (f"[{card.slug}]({card.slug}.md)", card.stage, ", ".join(card.status), card.access)
         rows.append(_row(*cells, card.infer_multiplier, card.summary))
     return "\n".join(rows) + "\n"
@@ -106,17 +116,18 @@ def _method(card: Card) -> str:
         parts.append("## Options\n\n" + "\n".join(["| option | type | default | |", "|---|---|---|---|", *options]))
     if measured := _measured(card.slug):
         parts.append(measured)
+    if (written := ROOT / "docs" / "measured" / f"{card.slug}.md").exists():
+        parts.append(written.read_text().strip())
     parts.append(f"## How it works\n\n```text\n{inspect.getdoc(module)}\n```")
     return "\n\n".join(parts) + "\n"
 
 
 def _measured(slug: str) -> str:
     """The method's rows of the shoot-out, beside the model's own and best-of-n's at the same budget."""
-    path = ROOT / "benchmarks" / "results" / "shootout.json"
-    if not path.exists():
+    if not RESULTS.exists():
         return ""
     rows = []
-    for world, entry in json.loads(path.read_text()).items():
+    for world, entry in json.loads(RESULTS.read_text()).items():
         for budget, policies in entry["budgets"].items():
             names = [name for name in policies if any(parse_spec(part)[0] == slug for part in layers(name))]
             for name in ["base", "best-of-n", *names] if names else []:
@@ -133,6 +144,15 @@ def _measured(slug: str) -> str:
     lines = "\n".join([*head, *dict.fromkeys(rows)])
     note = "From the [shoot-out](../shootout.md): ± is half of a 95 % interval, tokens are those of every model, an answer."
     return f"## Measured\n\n{lines}\n\n{note}"
+
+
+def _coverage() -> ModuleType:
+    """docs/coverage.py: mkdocs runs this file by its path, so its neighbour is loaded by its path too."""
+    spec = importlib.util.spec_from_file_location("coverage_page", ROOT / "docs" / "coverage.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _figure(interval: dict[str, float | None] | None) -> str:

@@ -78,7 +78,8 @@ def _print_plan(found: Plan, stream: TextIO) -> None:
         for column in ("", "method", "stage", "why here"):
             table.add_column(column, overflow="fold")
         for place, one in enumerate(found.chosen, start=1):
-            table.add_row(str(place), one.slug, one.stage, "; ".join(one.reasons))
+            why = [reason for reason in one.reasons if not reason.startswith("fitting")]
+            table.add_row(str(place), one.slug, one.stage, "; ".join(why))
         console_for(table, stream)[0].print(table, markup=False)
     else:
         print("nothing fits; every method and why:", file=stream)
