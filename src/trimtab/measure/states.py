@@ -205,19 +205,21 @@ class _Batch:
         self.mask = (place < lengths).long().to(device)
         inside = ((place >= starts) & (place < ends)).float()
         rank = (place - starts + 1).float() * inside  # 1..T inside the span
-        self.mean = (inside / inside.sum(1, keepdim=True)).to(device)  # [B, T]
-        self.weighted = (rank / rank.sum(1, keepdim=True)).to(device)
+        means = [weight / weight.sum(1, keepdim=True) for weight in (inside, rank)]
+        self.weights = torch.stack(means, 1).to(device)  # [B, 2, T]: mean, weighted
         self.last, self.rows = (ends[:, 0] - 1).to(device), torch.arange(len(rows), device=device)
 
     def pool(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """hidden [B, T, D] -> each pooling [B, D], and "norm" [B], float32."""
-        hidden = hidden.float().masked_fill(self.mask[..., None] == 0, 0.0)
+        hidden = hidden.float()
+        mean, weighted = torch.bmm(self.weights, hidden).unbind(1)
+        norms = torch.linalg.vector_norm(hidden, dim=-1)  # [B, T]
         return {
             "first": hidden[:, 0],
             "last": hidden[self.rows, self.last],
-            "mean": torch.einsum("bt,btd->bd", self.mean, hidden),
-            "weighted": torch.einsum("bt,btd->bd", self.weighted, hidden),
-            "norm": torch.einsum("bt,bt->b", self.mean, hidden.norm(dim=-1)),
+            "mean": mean,
+            "weighted": weighted,
+            "norm": (self.weights[:, 0] * norms).sum(1),
         }
 
 
