@@ -88,13 +88,21 @@ def test_what_a_policy_cannot_be_asked_is_said(model: Path, tmp_path: Path) -> N
     assert "was not measured" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_judge_sets_each_policy_against_the_base_and_an_arena_all(model: Path, tmp_path: Path) -> None:
+    policies = ["best-of-n:n=2", "best-of-n:n=3"]
+    result = run(model, tmp_path / "run", measures=["judge", "varco-arena:ties=half"], judge=REWARD, policies=policies)
+    judged, arena = result["measures"]
+    assert [one["subject"] for one in judged["measurements"]] == policies
+    assert all("win rate against" in one["table"][0]["label"] for one in judged["measurements"])
+    assert len(arena["measurements"]) == 1 and not arena["comparisons"]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("refusl", "did you mean 'refusal'"),
         ("refusal:texts=absent.txt", "there is no file absent.txt"),
         ("refusal:smaples=2", "did you mean 'samples'"),
-        ("varco-arena", "trimtab measure varco-arena MODEL --against MODEL"),
         ("best-of-n:n=2", "is a method, not a diagnostic"),
     ],
 )

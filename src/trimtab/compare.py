@@ -123,13 +123,14 @@ def run_compare(
     coherence: bool = True,
     budget: str | None = None,
     measures: Sequence[str] = (),
+    judge: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build, measure, save. Writes compare.json, samples.jsonl, sweep.json and report.html into `out`.
 
     budget: "tokens=N" or "kl=X" (see `trimtab.budget`). measures: diagnostics as `NAME[:texts=FILE|FILE,key=value]`,
-    asked of every policy. Everything that can be refused is refused before anything is
-    written.
+    asked of every policy; judge: who judges, for those that need a judge. What can be refused is refused before anything
+    is written.
     """
     for spec in policies:
         check_policy(spec)
@@ -148,6 +149,7 @@ def run_compare(
         "fit_prompts": None if fit_prompts is None else list(fit_prompts), "max_new_tokens": max_new_tokens,
         "temperature": temperature, "seed": seed, "samples": samples, "sweep": sweep, "coherence": coherence,
         **({"budget": budget} if budget is not None else {}), **({"measures": list(measures)} if measures else {}),
+        **({"judge": judge} if judge else {}),
     }  # fmt: skip
     inputs = {"model": lm.fingerprint, "reward": proxy.fingerprint, "gold": truth.fingerprint if truth else ""}
     inputs |= {spec: found for spec in policies if (found := input_digest(spec))}
@@ -166,7 +168,7 @@ def run_compare(
             measured[-1].sized = sized
         result = _summary(setting, measured)
         if wanted:
-            around = Surroundings(list(prompts), sampling.but(samples=1), proxy, lm.fingerprint, run, progress)
+            around = Surroundings(list(prompts), sampling.but(samples=1), proxy, judge, lm.fingerprint, run, progress)
             result["measures"] = take(wanted, measured, around)
         run.save("samples.jsonl", "".join(dump_json(row, indent=None) for one in measured for row in one.rows))
         if sweep:

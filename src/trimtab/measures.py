@@ -2,13 +2,15 @@
 
 The panel is made from the answers that the table rests on, so it costs nothing more. A diagnostic is asked of every
 policy of the comparison and each is compared with the base; one that a policy cannot be asked (hidden states of a
-best-of-n) says so in its place.
+best-of-n), or that refuses what it finds, says so in its place: the table is not lost for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +109,11 @@ class Wanted:
 
     @classmethod
     def parse(cls, spec: str) -> Wanted:
-        """UsageError for an unknown name or key, an absent file, and one that sets models against one another."""
+        """UsageError for an unknown name or key, and for an absent file."""
         name, options = parse_spec(spec)
         texts = [Path(path) for path in options.pop("texts", "").split("|") if path]
         files_digest(texts)
         tool = diagnostic(name, dict(options))
-        if tool.TOGETHER:
-            raise UsageError(f"{name} ranks models: use `trimtab measure {name} MODEL --against MODEL`")
         return cls(spec, tool, texts)
 
 
@@ -124,6 +124,7 @@ class Surroundings:
     prompts: list[Prompt]
     sampling: Sampling
     reward: Any
+    judge: str | None
     base_fingerprint: str
     run: RunDirectory | None
     progress: Progress | None
@@ -133,37 +134,63 @@ def take(wanted: Sequence[Wanted], measured: Sequence[Measured], around: Surroun
     """The `measures` of compare.json: for each diagnostic a measurement a policy, comparisons with the base, refusals."""
     out = []
     for at, one in enumerate(wanted):
-        taken: list[Measurement | None] = []
-        refused: dict[str, str] = {}
-        base: Subject | None = None
-        for number, policy in enumerate(measured):
-            subject = _subject(policy, one, around)
-            base = base or subject
-            if one.tool.REFERENCE and number:
-                subject.reference = base
-            try:
-                taken.append(_measurement(one, f"measures/{at:02d}-{number:02d}", policy.built.name, subject, around))
-            except UsageError as error:
-                if not number:
-                    raise  # what the base cannot be asked is a wrong command
-                taken.append(None)
-                refused[policy.built.name] = str(error)
-        compared: list[Comparison] = []
-        first = taken[0]
-        assert first is not None
-        for found in taken[1:]:
-            if found is not None:
-                compared.append(one.tool.compare(found, first))
+        key = f"measures/{at:02d}"
+        found, compared, refused = (_together if one.tool.TOGETHER else _apart)(one, key, measured, around)
         out.append(
             {
                 "name": one.tool.slug,
                 "spec": one.spec,
-                "measurements": [_brief(found) for found in taken if found is not None],
-                "comparisons": [found.to_dict() for found in compared],
+                "measurements": [_brief(one) for one in found],
+                "comparisons": [one.to_dict() for one in compared],
                 "refused": refused,
             }
         )
     return out
+
+
+Taken = tuple[list[Measurement], list[Comparison], dict[str, str]]
+
+
+def _apart(one: Wanted, key: str, measured: Sequence[Measured], around: Surroundings) -> Taken:
+    """Each policy by itself, and each against the base."""
+    found: list[Measurement] = []
+    refused: dict[str, str] = {}
+    base: Subject | None = None
+    for number, policy in enumerate(measured):
+        subject = _subject(policy, one, around)
+        base = base or subject
+        if one.tool.REFERENCE and number:
+            subject.reference = base
+        try:
+            found.append(_kept(f"{key}-{number:02d}", partial(one.tool.measure, subject), one, around))
+            found[-1].subject = policy.built.name
+        except UsageError as error:
+            refused[policy.built.name] = _told(one, policy.built.name, error)
+            if not number:  # nothing to compare the others with
+                break
+    return found, [one.tool.compare(other, found[0]) for other in found[1:]], refused
+
+
+def _told(one: Wanted, name: str, error: UsageError) -> str:
+    """A refusal is shown in the report; here it is said at once too."""
+    warnings.warn(f"{one.tool.slug} of {name}: {error}", stacklevel=2)
+    return str(error)
+
+
+def _together(one: Wanted, key: str, measured: Sequence[Measured], around: Surroundings) -> Taken:
+    """All policies at once; or, where it sets the first against the others, each policy against the base."""
+    subjects = [_subject(policy, one, around) for policy in measured]
+    names = [policy.built.name for policy in measured]
+    groups = [(name, [subject, subjects[0]]) for name, subject in zip(names[1:], subjects[1:], strict=True)]
+    found: list[Measurement] = []
+    refused: dict[str, str] = {}
+    for number, (name, group) in enumerate(groups if one.tool.DUELS else [("the policies", subjects)]):
+        try:
+            found.append(_kept(f"{key}-{number:02d}", partial(one.tool.measure_together, group), one, around))
+            found[-1].subject = name if one.tool.DUELS else found[-1].subject
+        except UsageError as error:
+            refused[name] = _told(one, name, error)
+    return found, [], refused
 
 
 def _subject(policy: Measured, one: Wanted, around: Surroundings) -> Subject:
@@ -175,20 +202,20 @@ def _subject(policy: Measured, one: Wanted, around: Surroundings) -> Subject:
         prompts=around.prompts,
         sampling=around.sampling,
         reward=around.reward,
+        judge=around.judge,
         cache=cache,
         progress=around.progress,
     )
 
 
-def _measurement(one: Wanted, key: str, name: str, subject: Subject, around: Surroundings) -> Measurement:
+def _kept(key: str, take: Callable[[], Measurement], one: Wanted, around: Surroundings) -> Measurement:
     """Kept in the run directory, so that a resumed comparison does not ask again."""
     known = None if around.run is None else around.run.load_json(key)
     if known is not None:
         return Measurement.from_dict(known)
     if around.progress is not None:
-        around.progress(f"{one.tool.slug} of {name}")
-    found = one.tool.measure(subject)
-    found.subject = name
+        around.progress(f"measuring {one.tool.slug}")
+    found = take()
     if around.run is not None:
         around.run.save_json(key, found.to_dict())
     return found

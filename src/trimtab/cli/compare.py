@@ -57,6 +57,7 @@ def run(words: list[str]) -> None:
         metavar="NAME[:texts=FILE|FILE,...]",
         help="a diagnostic (trimtab methods) asked of every policy; may be repeated",
     )
+    parser.add_argument("--judge", metavar="SPEC", help="who judges, for --measure judge and varco-arena")
     parser.add_argument("--no-coherence", action="store_true", help="leave out the measure that needs a text embedder")
     add_sampling(parser)
     parser.add_argument("--samples", type=whole(1), default=1, metavar="K", help="answers a prompt (1)")
@@ -83,6 +84,7 @@ def run(words: list[str]) -> None:
         "samples": args.samples,
         **({"budget": args.budget} if args.budget else {}),
         **({"measures": args.measure} if args.measure else {}),
+        **({"judge": args.judge} if args.judge else {}),
     }
     compare_and_print(settings, Path(args.out) if args.out else default_out(settings), args.json)
 

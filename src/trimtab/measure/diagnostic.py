@@ -137,6 +137,7 @@ class Diagnostic(ABC):
     TEXTS        what --texts must hold, in words; "" where none is needed
     REFERENCE    the first subject is measured with the second at hand (`Subject.reference`)
     TOGETHER     it measures several subjects in one go: `measure_together` instead of `measure` and `compare`
+    DUELS        (TOGETHER) it sets the first subject against each of the others; else all against all
     """
 
     slug: ClassVar[str]
@@ -144,6 +145,7 @@ class Diagnostic(ABC):
     TEXTS: ClassVar[str] = ""
     REFERENCE: ClassVar[bool] = False
     TOGETHER: ClassVar[bool] = False
+    DUELS: ClassVar[bool] = False
 
     def __init__(self, config: Any | None = None) -> None:
         self.config = config if config is not None else self.Config()
