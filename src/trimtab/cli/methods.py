@@ -101,11 +101,20 @@ def _record(card: Card) -> dict[str, Any]:
 def _print_cards(cards: list[Card], stream: TextIO) -> None:
     from rich.table import Table
 
+    methods = [card for card in cards if card.stage != "audit"]
+    audits = [card for card in cards if card.stage == "audit"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("method", "stage", "status", "needs", "tokens/answer", "what it does"):
         table.add_column(column, overflow="fold")
-    for card in cards:
+    for card in methods:
         table.add_row(card.slug, card.stage, ", ".join(card.status), card.access, card.infer_multiplier, card.summary)
+    console_for(table, stream)[0].print(table, markup=False)
+    print("\nand diagnostics, for `trimtab measure NAME` and `trimtab compare --measure NAME`:\n", file=stream)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("diagnostic", "status", "needs", "speaks of", "what it measures"):
+        table.add_column(column, overflow="fold")
+    for card in audits:
+        table.add_row(card.slug, ", ".join(card.status), card.access, ", ".join(card.dimensions), card.summary)
     console_for(table, stream)[0].print(table, markup=False)
     print("\ntrimtab methods NAME shows one with its options.", file=stream)
 
