@@ -161,6 +161,7 @@ class Panel(Diagnostic):
 
     def compare(self, first: Measurement, second: Measurement) -> Comparison:
         out = super().compare(first, second)
+        out.figures.append(moved(first, second, out.changes))
         out.changes = [*bought(first, second), *out.changes]
         if KL in first.samples and KL not in second.samples:
             row = first.row(KL)
@@ -170,6 +171,21 @@ class Panel(Diagnostic):
             if a is not None and b:
                 out.changes.append(Change(label, a, b, a - b, None, None, 0, "", note=f"{a / b:.2f} times"))
         return out
+
+
+def moved(first: Measurement, second: Measurement, changes: Sequence[Change]) -> Dots:
+    """Every line on one axis: the difference and its interval over the standard deviation of the units' differences."""
+    dots: list[tuple[str, float | None, float | None, float | None]] = []
+    for change in changes:
+        pairs = zip(first.samples[change.label], second.samples[change.label], strict=True)
+        spread = (
+            float(np.std([a - b for a, b in pairs if a is not None and b is not None], ddof=1)) if change.n > 1 else 0.0
+        )
+        if spread > 0 and None not in (change.difference, change.low, change.high):
+            scaled = [value / spread for value in (change.difference, change.low, change.high) if value is not None]
+            dots.append((change.label, *scaled))  # type: ignore[arg-type]
+    note = "Right of the line is more, not better: whether more is good is in the table."
+    return Dots("What moved", "difference, in standard deviations over units", dots, [("no change", 0.0)], note)
 
 
 def bought(first: Measurement, second: Measurement) -> list[Change]:
@@ -248,9 +264,6 @@ def fill(out: Measurement, columns: dict[str, list[float | None]]) -> None:
         note = f"branching factor {math.exp(found.mean):.2f}" if label.startswith("entropy") and found.mean else ""
         out.table.append(Row.of(label, found, DIRECTIONS[label], note))
         out.samples[label] = values
-    dots = [(row.label, row.value, row.low, row.high) for row in out.table if row.label in ("reward", "gold")]
-    if dots:
-        out.figures.append(Dots("Bought", "mean over prompts", dots))
 
 
 def join(out: Measurement, part: Measurement, name: str) -> None:

@@ -59,6 +59,7 @@ def environment() -> jinja2.Environment:
         "percent": percent,
         "json": pretty,
         "plain_number": plain_number,
+        "two_digits": lambda value: f"{value:.2g}",
     }
     return found
 
