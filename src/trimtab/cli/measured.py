@@ -66,12 +66,12 @@ def _table(*columns: str) -> Table:
 
 
 def number(value: float | None, signed: bool = False) -> str:
-    """Three decimals, more where the number is small; '-' where undefined."""
+    """Three decimals; five where the number is small, one or none where it is large; '-' where undefined."""
     if value is None:
         return "-"
-    digits = 3 if abs(value) >= 0.001 or value == 0 else 5
-    text = f"{value:+.{digits}f}" if signed else f"{value:,.{digits}f}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else text
+    size = abs(value)
+    digits = 0 if size >= 1000 else 1 if size >= 100 else 3 if size >= 0.001 or value == 0 else 5
+    return f"{value:+,.{digits}f}" if signed else f"{value:,.{digits}f}"
 
 
 def interval(low: float | None, high: float | None) -> str:

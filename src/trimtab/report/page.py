@@ -327,8 +327,9 @@ def percent(value: Any, digits: int = 0) -> str:
 
 
 def plain_number(value: float, sign: bool = False) -> str:
-    """Three decimals, five where the number is small, none where it is large."""
-    digits = 0 if abs(value) >= 1e4 else 3 if abs(value) >= 0.001 or value == 0 else 5
+    """Three decimals; five where the number is small, one or none where it is large."""
+    size = abs(value)
+    digits = 0 if size >= 1000 else 1 if size >= 100 else 3 if size >= 0.001 or value == 0 else 5
     return (signed if sign else figure_text)(value, digits)
 
 
