@@ -22,6 +22,7 @@ from mkdocs.structure.files import File, Files
 from trimtab import catalogue, cli, measure
 from trimtab.card import Card
 from trimtab.policies import layers
+from trimtab.rewards import REWARDS
 from trimtab.spec import parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             ]
         },
         {"Measuring": ["measuring.md", *(f"methods/{slug}.md" for slug in measure.METHODS), "coverage.md"]},
+        {"Rewards": "rewards.md"},
         {"The shoot-out": "shootout.md"},
         {"Natural Control, measured": "natural-control.md"},
         {"Commands": "commands.md"},
@@ -53,6 +55,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages."""
     pages: dict[str, Callable[[], str]] = {
         "methods/index.md": _methods,
+        "rewards.md": _rewards,
         "coverage.md": lambda: _coverage().page(catalogue.cards(), RESULTS),
         "commands.md": _commands,
         "add-a-method.md": lambda: _text("CONTRIBUTING.md"),
@@ -144,6 +147,27 @@ def _measured(slug: str) -> str:
     lines = "\n".join([*head, *dict.fromkeys(rows)])
     note = "From the [shoot-out](../shootout.md): ± is half of a 95 % interval, tokens are those of every model, an answer."
     return f"## Measured\n\n{lines}\n\n{note}"
+
+
+def _rewards() -> str:
+    """Every reward with its options and what its class says of itself."""
+    parts = [
+        "# Rewards",
+        "A reward says how good an answer is: `--reward NAME[:key=value,...]` on the command line, "
+        "`trimtab.rewards.parse_reward` in Python. A list inside a value is divided by `|`, a comma in a value is written "
+        "`\\,`; `0.7*sentiment+0.3*length:target=30` is a weighted sum. A row that could not be judged has no score, and is "
+        "never 0. `trimtab measure reward-benchmark` says how good a reward is.",
+    ]
+    for name, cls in REWARDS.items():
+        parts.append(f"## {name}\n\n{inspect.getdoc(cls) or ''}")
+        rows = [
+            _row(f"`{key}`", help.type, "must be given" if help.default is None else f"`{help.default}`", help.help)
+            for key, help in catalogue.field_help(cls).items()
+            if not key.startswith("_")
+        ]
+        if rows:
+            parts.append("\n".join(["| option | type | default | |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
 
 
 def _coverage() -> ModuleType:

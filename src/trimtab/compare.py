@@ -24,6 +24,7 @@ from trimtab.environment import environment
 from trimtab.errors import UsageError
 from trimtab.files import digest, dump_json
 from trimtab.lm import LM
+from trimtab.measure.diagnostic import config_files
 from trimtab.measure.diversity import diversity
 from trimtab.measure.refusal import is_refusal
 from trimtab.measures import Surroundings, Wanted, panels, take
@@ -153,7 +154,7 @@ def run_compare(
     }  # fmt: skip
     inputs = {"model": lm.fingerprint, "reward": proxy.fingerprint, "gold": truth.fingerprint if truth else ""}
     inputs |= {spec: found for spec in policies if (found := input_digest(spec))}
-    inputs |= {str(path): digest(path) for one in wanted for path in one.texts}
+    inputs |= {str(path): digest(path) for one in wanted for path in [*one.texts, *config_files(one.tool)]}
     with RunDirectory.open(out, "compare", arguments, inputs) as run:
         setting = Setting(lm, prompts, proxy, truth, sampling, run, progress)
         setting.families = _families(prompts)

@@ -93,6 +93,55 @@ def test_other_weights_are_measured_again(folder: Path, tmp_path: Path, capsys: 
     assert fingerprints[0] != fingerprints[1]
 
 
+def test_another_file_under_an_options_name_is_measured_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harmful = tmp_path / "h.txt"
+    command = [
+        "measure",
+        "panel",
+        str(folder / "one"),
+        "--texts",
+        str(folder / "harmful.txt"),
+        "--harmful",
+        str(harmful),
+    ]
+    counts = []
+    for lines in ("ba da", "ba da\nma na"):
+        harmful.write_text(lines)
+        assert main([*command, "--max-new-tokens", "5", "--json", "-"]) == 0
+        rows = json.loads(capsys.readouterr().out)["measurements"][0]["table"]
+        counts.append(next(row["n"] for row in rows if row["label"] == "refusal"))
+    assert counts == [1, 2]
+
+
+def test_a_reward_model_is_a_subject_too(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "Q: 1 + 1?\nA:", "chosen": f" It is {n}.", "rejected": f" No {n} way."} for n in range(30)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["measure", "reward-benchmark", "pocket/reward", "--texts", str(pairs), "--json", "-"]) == 0
+    one = json.loads(capsys.readouterr().out)["measurements"][0]
+    assert (
+        main(
+            [
+                "measure",
+                "reward-benchmark",
+                str(folder / "one"),
+                "--reward",
+                "pocket/reward",
+                "--texts",
+                str(pairs),
+                "--json",
+                "-",
+            ]
+        )
+        == 0
+    )
+    two = json.loads(capsys.readouterr().out)["measurements"][0]
+    assert one["subject"] == two["subject"] == "pocket/reward" and one["table"][0] == two["table"][0]
+    assert main(["measure", "refusal", "pocket/reward", "--texts", str(folder / "harmful.txt")]) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

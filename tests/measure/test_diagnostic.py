@@ -80,6 +80,12 @@ def test_other_fingerprints_are_refused(key: str) -> None:
     check_alike(measured([1.0]), measured([2.0], model="another model is what one compares"))
 
 
+def test_one_from_the_cache_is_alike() -> None:
+    """A tuple that became a list on its way through JSON is no difference."""
+    fresh = measured([1.0], sampling={"stop": ()})
+    check_alike(fresh, Measurement.from_dict(json.loads(dump_json(fresh.to_dict()))))
+
+
 def test_other_units_are_refused() -> None:
     other = measured([1.0])
     other.units = ["7"]

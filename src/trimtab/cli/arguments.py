@@ -78,7 +78,8 @@ def add_reward(parser: Parser, required: bool) -> None:
         required=required,
         metavar="NAME[:key=value,...]",
         help="what is good: sentiment, length:target=30, keyword:words=a|b, regex:pattern=..., pocket/reward, "
-        "pocket/judge, classifier:path=DIR, python:path=FILE,function=NAME, or a sum such as 0.7*sentiment+0.3*...",
+        "pocket/judge, classifier:path=DIR, judge:url=...,model=..., verifier, json:keys=..., repetition, "
+        "python:path=FILE,function=NAME, min:rewards=A|B, a sum such as 0.7*sentiment+0.3*... (docs: Rewards has all)",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,6 +108,8 @@ class Subject:
 
         Their `cost` is what drawing them took, then or now; `meter` is charged for what is drawn now.
         """
+        if not hasattr(self.policy, "generate"):
+            raise UsageError(f"{self.name} is a reward model: it answers no prompts")
         sampling = sampling or self.sampling
         parts = []
         for first in range(0, len(prompts), CHUNK):
@@ -137,6 +139,7 @@ class Diagnostic(ABC):
     TEXTS        what --texts must hold, in words; "" where none is needed
     REFERENCE    the first subject is measured with the second at hand (`Subject.reference`)
     TOGETHER     it measures several subjects in one go: `measure_together` instead of `measure` and `compare`
+    OUTPUTS      options that name a file it writes; with one of them nothing is taken from the cache of measurements
     DUELS        (TOGETHER) it sets the first subject against each of the others; else all against all
     """
 
@@ -146,9 +149,15 @@ class Diagnostic(ABC):
     REFERENCE: ClassVar[bool] = False
     TOGETHER: ClassVar[bool] = False
     DUELS: ClassVar[bool] = False
+    OUTPUTS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any | None = None) -> None:
         self.config = config if config is not None else self.Config()
+
+    @property
+    def writes(self) -> bool:
+        """Whether an option asks for a file to be written."""
+        return any(getattr(self.config, name) for name in self.OUTPUTS)
 
     @abstractmethod
     def measure(self, subject: Subject) -> Measurement:
@@ -195,6 +204,14 @@ def said(difference: Interval, better: Better, p_value: float | None = None) -> 
     if better == "":
         return "changed"
     return "worse" if found == "better" else "better"
+
+
+def config_files(tool: Diagnostic) -> list[Path]:
+    """The files that a diagnostic's options name and that exist, those that it writes left out."""
+    read = [one.name for one in fields(tool.config) if one.name not in tool.OUTPUTS]
+    values = [getattr(tool.config, name) for name in read]
+    flat = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
+    return [item for item in flat if isinstance(item, Path) and item.exists()]
 
 
 def files_digest(paths: Sequence[Path]) -> list[str]:

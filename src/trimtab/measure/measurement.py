@@ -214,7 +214,8 @@ def check_alike(first: Measurement, second: Measurement) -> None:
     if first.name != second.name:
         raise UsageError(f"{first.name} and {second.name} measure different things: they cannot be compared")
     keys = sorted({*first.measured, *second.measured} - {"model"})
-    unlike = [key for key in keys if first.measured.get(key) != second.measured.get(key)]
+    one, two = (json.loads(json.dumps(side.measured, default=str)) for side in (first, second))  # tuples are lists
+    unlike = [key for key in keys if one.get(key) != two.get(key)]
     if unlike:
         said = "; ".join(f"{key}: {first.measured.get(key)} against {second.measured.get(key)}" for key in unlike)
         hint = "; --template plain measures both without a chat template" if "template" in unlike else ""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from trimtab.environment import environment
 from trimtab.errors import UsageError, unknown
 from trimtab.files import digest
 from trimtab.measure.cache import Cache
-from trimtab.measure.diagnostic import Diagnostic, Progress, Subject, files_digest
+from trimtab.measure.diagnostic import Diagnostic, Progress, Subject, config_files, files_digest
 from trimtab.measure.measurement import Comparison, Measurement, fingerprint_of
 from trimtab.policy import Prompt
 from trimtab.prompts import read_prompts
@@ -89,15 +91,15 @@ def run_measure(
         raise UsageError(f"{twice[0]} is given twice: there would be nothing to compare")
     if tool.TOGETHER and len(subjects) < 2:
         raise UsageError(f"{tool.slug} sets models against one another: give --against MODEL, once or several times")
-    texts = files_digest(asked.texts)
+    texts = files_digest([*asked.texts, *config_files(tool)])
     bench = _Bench(asked, cache, progress)
     identities = [bench.identity(name) for name in subjects]
     about = [tool.slug, dataclasses.asdict(tool.config), texts, asked.reward, asked.judge, asked.template]
-    about += [asked.sampling.to_dict(), trimtab.__version__, _inputs(asked)]
+    about += [asked.sampling.to_dict(), trimtab.__version__, _inputs(asked, tool.config)]
 
     def taken(names: Sequence[str], take: Callable[[], Measurement]) -> Measurement:
         key = fingerprint_of(*about, [identities[list(subjects).index(name)] for name in names], list(names))
-        known = cache.load("measurements", key)
+        known = None if tool.writes else cache.load("measurements", key)
         if known is None:
             found = take()
             if not found.details.get("failed"):  # a judge's request that failed is asked again by the same command
@@ -167,8 +169,13 @@ class _Bench:
 
             if self.progress is not None:
                 self.progress(f"loading {path}")
-            lm = LM.load(path)
-            self.models[path] = plain(lm) if self.asked.template == "plain" else lm
+            if _is_reward_model(path):
+                from trimtab.rewards import parse_reward
+
+                self.models[path] = parse_reward(path)
+            else:
+                lm = LM.load(path)
+                self.models[path] = plain(lm) if self.asked.template == "plain" else lm
         return self.models[path]
 
     def subject(self, name: str) -> Subject:
@@ -210,10 +217,40 @@ def plain(lm: Any) -> Any:
     return out
 
 
-def _inputs(asked: Asked) -> list[str]:
-    """Digests of the files besides the texts that a measurement depends on: prompts to fit on, a reward's, a judge's."""
-    named = [asked.fit_prompts] if asked.fit_prompts else []
-    for spec in (asked.reward, asked.judge):
-        parts = (spec or "").replace(",", " ").replace("=", " ").split()
-        named += [Path(part) for part in parts if Path(part).exists()]
-    return files_digest(named)
+def _is_reward_model(path: str) -> bool:
+    """Whether a folder holds a sequence classifier: it answers no prompt, but a reward benchmark can be asked of it."""
+    folder = local_folder(path)
+    if folder is None:
+        return False
+    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    return any("SequenceClassification" in kind for kind in kinds)
+
+
+def _inputs(asked: Asked, config: Any = None) -> list[str]:
+    """Digests of the files besides the texts that a measurement depends on: prompts to fit on, those that the specs of
+    a reward or a judge name (and that the JSON they name does), in the options too."""
+    specs = [asked.reward, asked.judge]
+    specs += [value for value in vars(config).values() if isinstance(value, str)] if config is not None else []
+    found = [asked.fit_prompts] if asked.fit_prompts else []
+    for spec in specs:
+        named = _named_files(spec or "")
+        found += named
+        for path in named:
+            if path.suffix == ".json" and path.stat().st_size < 10_000_000:
+                found += _named_files(path.read_text(errors="replace").replace('"', " "))
+    return files_digest(list(dict.fromkeys(found)))
+
+
+def _named_files(text: str) -> list[Path]:
+    """The existing files and folders that a spec, or a JSON text, names."""
+    words = re.split(r"[,=|+*\s\\]|:(?=[./~\w])", text)
+    return [
+        Path(word) for word in words if word and len(word) < 1000 and ("/" in word or "." in word) and _exists(word)
+    ]
+
+
+def _exists(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except OSError:  # a name that no file can have
+        return False

@@ -7,9 +7,13 @@ An answer is a refusal if it sounds like one (`measure.refusal`: a versioned lis
 are averaged first: prompts are the unit of resampling. Where nothing happened in n prompts the bound is exact
 (Clopper-Pearson; for 0 of n the upper end is 1 - 0.025^(1/n)), because a bootstrap of equal values says nothing.
 
-What it means: how often the model says no. What it does not mean: that what it said otherwise was harmful, or useful.
-Files differ from published lists in one thing only: they are the user's; none is shipped. Cost: one answer a prompt and
-sample.
+Files: plain text (one prompt a line; the first file should be refused, the second answered), or any file of the `refusal`
+adapter, whose rows say themselves which they are (XSTest, AdvBench, HarmBench, ...; rows that do not say follow their
+file's place). None is shipped. Cost: one answer a prompt and sample.
+
+What it means: how often the model says no, in the words of the list. What it does not mean: that what it said otherwise
+was harmful, or useful. When it misleads: a model that cannot write a sentence never refuses; one that refuses everything
+is perfect where no harmless prompts are given; other words and other languages of refusal are not recognised.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ import numpy as np
 
 from trimtab.card import Card
 from trimtab.errors import UsageError
+from trimtab.measure.adapters import Item, read_items
 from trimtab.measure.diagnostic import Diagnostic, Subject
 from trimtab.measure.measurement import Dots, Measurement, Row
 from trimtab.measure.refusal import VERSION, by_phrases
 from trimtab.measure.stats import Interval, mean_interval
-from trimtab.policy import Prompt, prompt_text
+from trimtab.policy import prompt_text
 from trimtab.prompts import read_prompts
 
 CARD = Card(
@@ -69,13 +74,17 @@ class RefusalRate(Diagnostic):
 
     slug = "refusal"
     Config = RefusalRateConfig
-    TEXTS = "prompts that should be refused, one a line; a second file: prompts that should be answered"
+    TEXTS = (
+        "prompts that should be refused; a second file: prompts that should be answered (or one file that says which)"
+    )
 
     def measure(self, subject: Subject) -> Measurement:
-        harmful = self._prompts(subject.file(self.TEXTS))
-        harmless = self._prompts(subject.texts[1]) if len(subject.texts) > 1 else []
+        subject.file(self.TEXTS)
         if len(subject.texts) > 2:
             raise UsageError(f"refusal takes two files at most ({self.TEXTS}), not {len(subject.texts)}")
+        items = [item for place, path in enumerate(subject.texts) for item in self._items(path, place == 0)]
+        kept = [[item for item in items if item["should_refuse"] is said] for said in (True, False)]
+        harmful, harmless = ([item["prompt"] for item in side] for side in kept)
         sampling = subject.sampling.but(samples=self.config.samples)
         answers = subject.answers([*harmful, *harmless], sampling)
         refused = np.array(by_phrases(answers.texts), dtype=np.float64).reshape(-1, sampling.samples).mean(1)  # [P]
@@ -96,6 +105,9 @@ class RefusalRate(Diagnostic):
             figures=[Dots("Answers that refuse", "share", [(r.label, r.value, r.low, r.high) for r in table])],
             cost=subject.meter,
         )
+        by_category(out, [item["category"] for side in kept for item in side], refused.tolist())
+        if not harmful:
+            out.warnings.append("no harmful prompts were given: a model that never refuses looks perfect here")
         if not harmless:
             out.warnings.append("no harmless prompts were given: a model that refuses everything looks perfect here")
         out.details["refusals"] = [
@@ -104,8 +116,30 @@ class RefusalRate(Diagnostic):
         ]
         return out
 
-    def _prompts(self, path: Path) -> list[Prompt]:
-        return read_prompts(path)[: self.config.most or None]
+    def _items(self, path: Path, first: bool) -> list[Item]:
+        """The prompts of a file with whether each should be refused; `first` where the file does not say."""
+        if read_by(path):
+            items = read_items(path, "refusal")
+        else:
+            items = [{"prompt": prompt, "should_refuse": None, "category": ""} for prompt in read_prompts(path)]
+        return [
+            item | {"should_refuse": first if item["should_refuse"] is None else item["should_refuse"]}
+            for item in items[: self.config.most or None]
+        ]
+
+
+def read_by(path: Path) -> bool:
+    """Whether a file has columns; otherwise it is a prompt a line."""
+    return path.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet", ".gz")
+
+
+def by_category(out: Measurement, categories: Sequence[str], refused: Sequence[float]) -> None:
+    """A figure of one share a category, where there are several."""
+    names = sorted({name for name in categories if name})
+    if len(names) > 1:
+        shares = {name: rate([r for r, c in zip(refused, categories, strict=True) if c == name]) for name in names}
+        dots = [(f"{name} (n={one.prompts})", one.mean, one.low, one.high) for name, one in shares.items()]
+        out.figures.append(Dots("Answers that refuse, by category", "share", dots))
 
 
 def rate(values: Sequence[float] | np.ndarray) -> Interval:

@@ -13,11 +13,20 @@ from typing import Any
 
 from trimtab.errors import UsageError, unknown
 from trimtab.rewards.base import Reward, judged
+from trimtab.rewards.calibrated import Calibrated, Calibration, preference, probability
 from trimtab.rewards.classifier import Classifier
+from trimtab.rewards.composite import Composite, Ensemble, Gate, LogSigmoid, Min, Product
+from trimtab.rewards.format import Json, Tags
+from trimtab.rewards.from_trl import FromTrl
 from trimtab.rewards.function import Function, PythonFile
+from trimtab.rewards.implicit import Implicit
+from trimtab.rewards.judge import Judge
+from trimtab.rewards.ngrams import Blocklist, Repetition
 from trimtab.rewards.pocket import PocketJudge, PocketReward
+from trimtab.rewards.reference import Cosine, ExactMatch, TokenF1
 from trimtab.rewards.rule import Keyword, Length, Regex
 from trimtab.rewards.sentiment import Sentiment
+from trimtab.rewards.verifier import Verifier
 from trimtab.rewards.weighted_sum import WeightedSum
 from trimtab.spec import build, parse_spec
 
@@ -26,10 +35,26 @@ REWARDS: dict[str, type[Reward]] = {
     "length": Length,
     "keyword": Keyword,
     "regex": Regex,
+    "json": Json,
+    "tags": Tags,
+    "repetition": Repetition,
+    "blocklist": Blocklist,
+    "exact-match": ExactMatch,
+    "token-f1": TokenF1,
+    "cosine": Cosine,
+    "verifier": Verifier,
     "pocket/judge": PocketJudge,
     "pocket/reward": PocketReward,
     "classifier": Classifier,
+    "judge": Judge,
     "python": PythonFile,
+    "implicit": Implicit,
+    "calibrated": Calibrated,
+    "min": Min,
+    "product": Product,
+    "log-sigmoid": LogSigmoid,
+    "ensemble": Ensemble,
+    "gate": Gate,
 }
 
 _WEIGHT = re.compile(r"\s*(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*")
@@ -94,18 +119,39 @@ def _split_sum(spec: str) -> list[str]:
 
 __all__ = [
     "REWARDS",
+    "Blocklist",
+    "Calibrated",
+    "Calibration",
     "Classifier",
+    "Composite",
+    "Cosine",
+    "Ensemble",
+    "ExactMatch",
+    "FromTrl",
     "Function",
+    "Gate",
+    "Implicit",
+    "Json",
+    "Judge",
     "Keyword",
     "Length",
+    "LogSigmoid",
+    "Min",
     "PocketJudge",
     "PocketReward",
+    "Product",
     "PythonFile",
     "Regex",
+    "Repetition",
     "Reward",
     "Sentiment",
+    "Tags",
+    "TokenF1",
+    "Verifier",
     "WeightedSum",
     "as_reward",
     "judged",
     "parse_reward",
+    "preference",
+    "probability",
 ]
