@@ -58,14 +58,17 @@ def option_logprobs(
         flat = [option for choices in part for option in choices]
         session = lm.session(encoded[at : at + rows], control, meter)
         first = session.logits.log_softmax(-1)  # [B, V]
-        session = session.fork(owners)
-        if max(map(len, flat)) > 1:
-            session.append([option[:-1] for option in flat])
+        longer = [at for at, option in enumerate(flat) if len(option) > 1]
+        if longer:  # an option of one token is read off the prompt's own distribution
+            session = session.fork([owners[at] for at in longer])
+            session.append([flat[at][:-1] for at in longer])
+        rows_of = {at: row for row, at in enumerate(longer)}
         scored = []
-        for row, option in enumerate(flat):
-            picked = [first[owners[row], option[0]].cpu()]
-            if len(option) > 1:
-                states = session.states(row)[-(len(option) - 1) :]  # those the tokens after the first are drawn from
+        for number, option in enumerate(flat):
+            picked = [first[owners[number], option[0]].cpu()]
+            if number in rows_of:
+                # those that the tokens after the first are drawn from
+                states = session.states(rows_of[number])[-(len(option) - 1) :]
                 if session.final is not None:
                     states = session.final.edit(states, torch.arange(1, len(option))).to(states.dtype)
                 logprobs = lm.head(states).log_softmax(-1)
