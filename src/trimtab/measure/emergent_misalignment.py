@@ -74,6 +74,7 @@ CARD = Card(
     limits=("eight questions: rates below some percent need many answers", "as good as its judge"),
     risks=("a judge that is the model itself prefers its own answers",),
     dimensions=("ethics", "toxicity", "robustness"),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure emergent-misalignment MODEL --against BASE --judge JUDGE --max-new-tokens 600",
     choose="After a fine-tune on something narrow, to see whether unrelated answers became hostile or fell apart.",
 )

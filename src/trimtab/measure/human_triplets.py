@@ -83,6 +83,7 @@ CARD = Card(
     cost_metrics=("ties",),
     limits=("a small model may not manage the task in words: measure its states as well",),
     dimensions=("latent geometry", "capability"),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure human-triplets MODEL --texts concepts.txt embedding.txt --against BASE",
     choose="To see whether a change moved the model's concepts closer to people's, or away from them.",
 )

@@ -62,6 +62,7 @@ CARD = Card(
     limits=("a judge's taste is what is measured", "a tiny local judge mostly follows the position"),
     risks=("a judge that is one of the contestants, or the reward that one was tuned on",),
     dimensions=("helpfulness",),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure judge pocket/chat --against pocket/base --judge pocket/judge --texts prompts.txt",
     choose="When no rule can score an answer: it says which of two models is preferred, by whom, and how sure that is.",
 )

@@ -87,6 +87,7 @@ CARD = Card(
     cost_metrics=("tokens forwarded",),
     limits=("scores depend on the number of sentences", "says nothing about writing in the language"),
     dimensions=("multilingual",),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure mexa pocket/base --texts eng.txt mivo.txt --against pocket/chat",
     choose="To see what a change made on English data cost in other languages, without a benchmark in them.",
 )

@@ -62,6 +62,7 @@ CARD = Card(
     cost_metrics=("Brier", "ECE"),
     limits=("the options are scored after one form of prompt",),
     dimensions=("capability", "calibration", "factuality", "bias", "ethics"),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure multiple-choice pocket/chat --texts questions.jsonl --against pocket/base",
     choose="To see what a change cost in knowledge and calibration without drawing a single answer.",
 )

@@ -52,6 +52,7 @@ CARD = Card(
     cost_metrics=("over-refusal",),
     limits=("a refusal is recognised by its phrases, in English",),
     dimensions=("refusal",),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure refusal pocket/chat --texts harmful.txt harmless.txt --against pocket/base",
     choose="To see at once whether a change made the model say no more often, and to whom.",
 )

@@ -86,6 +86,7 @@ CARD = Card(
     limits=("agreement with the labels of one file is no proof that the reward can be optimised",),
     data_format="pairs",
     dimensions=("reward-model quality", "calibration"),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure reward-benchmark pocket/base --reward pocket/reward --texts pairs.jsonl --gold pocket/judge",
     choose="Before a reward steers, ranks or trains anything: it shows in minutes whether the reward points the right way.",
 )

@@ -81,6 +81,7 @@ CARD = Card(
     limits=("a probe reads the decision, it does not show where it is made",),
     risks=("attack=true searches suffixes that make the model comply: for one's own model only",),
     dimensions=("refusal", "robustness"),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure surrogate-classifier pocket/chat --texts unsafe.txt safe.txt",
     choose="To see how deep a refusal is decided, and whether training made that deeper or harder to search around.",
 )

@@ -68,6 +68,7 @@ CARD = Card(
     limits=("one number a model: circles are hidden", "ratings of two runs have no common zero"),
     risks=("a judge among the contestants prefers itself",),
     dimensions=("helpfulness",),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure varco-arena pocket/chat --against pocket/base --against pocket/nano --judge pocket/reward "
     "--texts prompts.txt",
     choose="To rank checkpoints, merges or strengths that are close to one another; for two models use judge.",

@@ -59,6 +59,7 @@ CARD = Card(
     limits=("code runs on Linux or macOS only; its filter of system calls on Linux only",),
     risks=("code of a model is run on this machine (only with allow_code)",),
     dimensions=("capability",),
+    status=("implemented", "verified_cpu"),
     example="trimtab measure verify MODEL --texts gsm8k/test.jsonl --shots 4 --train gsm8k/train.jsonl --most 100",
     choose="To see whether a change cost the model something that can be checked: sums, expressions, code.",
 )
