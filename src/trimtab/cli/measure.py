@@ -38,6 +38,13 @@ def run(words: list[str]) -> None:
         "--template", choices=("own", "plain"), default="own", help="chat template: each model's own (default), or none"
     )
     parser.add_argument("--fit-prompts", metavar="FILE", help="prompts that a policy is fitted on")
+    parser.add_argument(
+        "--train-texts",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what the models were trained on: overlaps are said",
+    )
     add_sampling(parser)
     parser.add_argument("--out", metavar="DIR", help="write measure.json and report.html here")
     add_json(parser)
@@ -67,6 +74,7 @@ def _measure(args: Namespace, options: dict[str, str], flags: list[str]) -> None
         tuple(Path(path) for path in args.texts), args.reward, args.judge, args.template,
         Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed),
         Path(args.fit_prompts) if args.fit_prompts else None,
+        tuple(Path(path) for path in args.train_texts),
     )  # fmt: skip
     subjects = [args.model, *args.against]
     with progress() as say:
@@ -85,6 +93,7 @@ def _command(args: Namespace, options: dict[str, str]) -> list[str]:
     out = [args.name, args.model]
     out += [word for path in args.against for word in ("--against", path)]
     out += ["--texts", *args.texts] if args.texts else []
+    out += ["--train-texts", *args.train_texts] if args.train_texts else []
     for key in ("reward", "judge", "fit_prompts"):
         if getattr(args, key) is not None:
             out += [f"--{key.replace('_', '-')}", getattr(args, key)]
@@ -95,7 +104,7 @@ def _command(args: Namespace, options: dict[str, str]) -> list[str]:
 
 
 def _check_files(args: Namespace) -> None:
-    for path in [*args.texts, *([args.fit_prompts] if args.fit_prompts else [])]:
+    for path in [*args.texts, *args.train_texts, *([args.fit_prompts] if args.fit_prompts else [])]:
         if not Path(path).exists():
             raise UsageError(f"there is no file {path}")
     if args.out and Path(args.out).exists():

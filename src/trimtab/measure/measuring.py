@@ -23,6 +23,7 @@ from trimtab.environment import environment
 from trimtab.errors import UsageError, unknown
 from trimtab.files import digest
 from trimtab.measure.cache import Cache
+from trimtab.measure.contamination import check_files
 from trimtab.measure.diagnostic import Diagnostic, Progress, Subject, config_files, files_digest
 from trimtab.measure.measurement import Comparison, Measurement, fingerprint_of
 from trimtab.policy import Prompt
@@ -36,7 +37,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Asked:
-    """What every subject of one `trimtab measure` is measured with. texts, fit_prompts: files."""
+    """What every subject of one `trimtab measure` is measured with. texts, fit_prompts, train_texts: files.
+
+    train_texts: what the models were trained on; texts that overlap with it are warned about.
+    """
 
     texts: tuple[Path, ...] = ()
     reward: str | None = None
@@ -44,6 +48,7 @@ class Asked:
     template: Template = "own"
     sampling: Sampling = Sampling()
     fit_prompts: Path | None = None
+    train_texts: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -91,6 +96,8 @@ def run_measure(
         raise UsageError(f"{twice[0]} is given twice: there would be nothing to compare")
     if tool.TOGETHER and len(subjects) < 2:
         raise UsageError(f"{tool.slug} sets models against one another: give --against MODEL, once or several times")
+    trained = [*asked.train_texts, *([asked.fit_prompts] if asked.fit_prompts else [])]
+    overlaps = check_files(asked.texts, trained)
     texts = files_digest([*asked.texts, *config_files(tool)])
     bench = _Bench(asked, cache, progress)
     identities = [bench.identity(name) for name in subjects]
@@ -119,8 +126,11 @@ def run_measure(
         return taken(list(subjects[:2]), take)
 
     if tool.TOGETHER:
-        return Measured([taken(subjects, lambda: tool.measure_together([bench.subject(name) for name in subjects]))])
+        together = taken(subjects, lambda: tool.measure_together([bench.subject(name) for name in subjects]))
+        together.warnings += overlaps
+        return Measured([together])
     measurements = [one(name) for name in subjects]
+    measurements[0].warnings += overlaps
     return Measured(measurements, [tool.compare(measurements[0], other) for other in measurements[1:]])
 
 
