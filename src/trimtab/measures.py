@@ -7,6 +7,7 @@ best-of-n), or that refuses what it finds, says so in its place: the table is no
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trimtab.errors import UsageError
+from trimtab.files import dump_json
 from trimtab.measure.cache import Cache
 from trimtab.measure.diagnostic import Diagnostic, Progress, Subject, files_digest, said
 from trimtab.measure.measurement import Change, Comparison, Measurement, fingerprint_of
 from trimtab.measure.measuring import diagnostic
 from trimtab.measure.panel import KL, Panel, fill
-from trimtab.measure.stats import Interval
+from trimtab.measure.stats import Interval, swap_test
 from trimtab.policy import Prompt
 from trimtab.run import RunDirectory
 from trimtab.sampling import Sampling
@@ -38,7 +42,7 @@ def panels(measured: Sequence[Measured], records: Sequence[Mapping[str, Any]]) -
     """
     found = [_panel(one) for one in measured]
     compared = []
-    for one, record in zip(found[1:], records[1:], strict=True):
+    for one, answered, record in zip(found[1:], measured[1:], records[1:], strict=True):
         comparison = Panel().compare(one, found[0])
         won, judge = record["win_rate"], "gold" if record["gold"] is not None else "reward"
         changes = [change for change in comparison.changes if change.label != "win rate"]
@@ -46,16 +50,20 @@ def panels(measured: Sequence[Measured], records: Sequence[Mapping[str, Any]]) -
             low, high = (None if won[end] is None else won[end] - 0.5 for end in ("low", "high"))
             over = Interval(won["mean"] - 0.5, low, high)
             note = f"by {judge}; the difference is from one half"
+            signs = np.sign(answered.column(judge) - measured[0].column(judge))
+            p_value = swap_test(signs, answered.clusters)
             changes.insert(
                 0,
                 Change(
                     "win rate", won["mean"], None, over.mean, over.low, over.high, len(one.units),
-                    said(over, "higher") if low is not None else record["verdict"], note=note,
+                    said(over, "higher", p_value), note=note,
                 ),
             )  # fmt: skip
         comparison.changes = changes
         compared.append(comparison)
-    return {"measurements": [_brief(one) for one in found], "comparisons": [one.to_dict() for one in compared]}
+    return _as_json(
+        {"measurements": [_brief(one) for one in found], "comparisons": [one.to_dict() for one in compared]}
+    )
 
 
 def _panel(one: Measured) -> Measurement:
@@ -145,7 +153,7 @@ def take(wanted: Sequence[Wanted], measured: Sequence[Measured], around: Surroun
                 "refused": refused,
             }
         )
-    return out
+    return [_as_json(one) for one in out]
 
 
 Taken = tuple[list[Measurement], list[Comparison], dict[str, str]]
@@ -219,6 +227,12 @@ def _kept(key: str, take: Callable[[], Measurement], one: Wanted, around: Surrou
     if around.run is not None:
         around.run.save_json(key, found.to_dict())
     return found
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as it will be read back: tuples are lists."""
+    plain: dict[str, Any] = json.loads(dump_json(value))
+    return plain
 
 
 def _brief(one: Measurement) -> dict[str, Any]:

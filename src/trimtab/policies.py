@@ -212,10 +212,12 @@ def layers(spec: str) -> list[str]:
 
 def check_policy(spec: str, lm: LM | None = None) -> None:
     """Refuse an unknown policy, key or value, and a saved controller of another model, before any work is done."""
-    known = [*catalogue.slugs(), *OTHERS]
+    known = [slug for slug in (*catalogue.slugs(), *OTHERS) if slug not in DIAGNOSTICS]
     above = ""
     for layer in layers(spec):
         slug, options = parse_spec(layer)
+        if slug in DIAGNOSTICS:
+            raise UsageError(f"{slug} is a diagnostic and no policy: trimtab measure {slug} MODEL, or --measure {slug}")
         if slug not in known:
             raise unknown("policy", slug, known)
         cls = None if slug in OTHERS else catalogue.method(slug)

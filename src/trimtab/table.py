@@ -9,7 +9,7 @@ import numpy as np
 
 from trimtab.budget import Sized
 from trimtab.measure.diversity import distinct
-from trimtab.measure.stats import Interval, mean_interval, paired_difference, verdict, win_rate
+from trimtab.measure.stats import Interval, mean_interval, paired_difference, swap_test, verdict, win_rate
 from trimtab.policies import Built
 
 
@@ -60,13 +60,14 @@ def policy_record(one: Measured, base: Measured, has_gold: bool) -> dict[str, An
     bound = one.built.kl_bound
     lengths = float(length.mean()) if len(length) else 0.0
     difference = None if is_base else paired_difference(one.column(judge), base.column(judge), one.clusters)
+    p_value = None if is_base else swap_test(one.column(judge) - base.column(judge), one.clusters)
     wins = None if is_base else win_rate(one.column(judge), base.column(judge), one.clusters)
     return {
         "name": one.built.name,
         "reward": mean_interval(one.column("reward"), one.clusters).to_dict(),
         "gold": mean_interval(one.column("gold"), one.clusters).to_dict() if has_gold else None,
         "win_rate": None if wins is None else wins.rate.to_dict(),
-        "verdict": "base" if difference is None or wins is None else verdict(difference, wins.p_value),
+        "verdict": "base" if difference is None else verdict(difference, p_value),
         "kl_per_token": {"mean": 0.0, "low": 0.0, "high": 0.0} if is_base else _per_token(one, "kl"),
         "kl_bound": None if bound is None or not lengths else bound / lengths,
         "nll_base_per_token": (_per_token(one, "nll_base") or {"mean": None})["mean"],

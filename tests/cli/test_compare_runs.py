@@ -40,6 +40,8 @@ def figures(path: Path) -> dict[str, object]:
     result = json.loads(path.read_text())
     for policy in result["policies"]:
         policy["cost"] = {key: value for key, value in policy["cost"].items() if key not in MEASURED}
+    for one in result["side_effects"]["comparisons"]:
+        one["changes"] = [change for change in one["changes"] if change["label"] != "seconds per answer"]
     return result
 
 

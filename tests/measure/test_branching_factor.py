@@ -262,7 +262,7 @@ def test_comparisons() -> None:
     one = markov({"*": {"a": 0.5, "b": 0.3, "c": 0.1, "</s>": 0.1}}, "one")
     two = markov({"*": {"a": 0.88, "b": 0.01, "c": 0.01, "</s>": 0.1}}, "two")
     sampling = Sampling(max_new_tokens=12)
-    prompts = ["a", "b", "c", "a b", "b c"]
+    prompts = ["a", "b", "c", "a b", "b c", "c a"]
     first, second = (measured(lm, prompts, sampling, samples=8, top_p=1.0) for lm in (two, one))
     change = BranchingFactor().compare(first, second).change("branching factor, ratio")
     exact = [math.exp(-sum(p * math.log(p) for p in row)) for row in ((0.88, 0.01, 0.01, 0.1), (0.5, 0.3, 0.1, 0.1))]
@@ -272,7 +272,7 @@ def test_comparisons() -> None:
     by_surprise = BranchingFactor().compare(first, second).change("branching factor by surprise, ratio")
     assert by_surprise.verdict == "changed" and by_surprise.high is not None and by_surprise.high < 1
     other = markov({"*": {"a": 0.9, "z": 0.05, "</s>": 0.05}}, "three")
-    third = measured(other, prompts[:1] + ["a a", "a a a", "z", "z z"], sampling, samples=8, top_p=1.0)
+    third = measured(other, prompts[:1] + ["a a", "a a a", "z", "z z", "a z"], sampling, samples=8, top_p=1.0)
     with pytest.raises(UsageError, match="were not measured alike"):
         BranchingFactor().compare(first, third)
     third.measured, third.units = first.measured, first.units

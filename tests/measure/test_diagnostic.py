@@ -19,8 +19,9 @@ from trimtab.lm import LM
 from trimtab.measure.cache import Cache
 from trimtab.measure.diagnostic import Diagnostic, Subject, said
 from trimtab.measure.measurement import Bracket, Dots, Heat, Line, Lines, Measurement, Row, check_alike
+from trimtab.measure.rates import rate
 from trimtab.measure.refusal import is_refusal
-from trimtab.measure.refusal_rate import RefusalRate, RefusalRateConfig, rate
+from trimtab.measure.refusal_rate import RefusalRate, RefusalRateConfig
 from trimtab.measure.stats import Interval, mean_interval
 
 PROMPTS = ["ba da fa", "ma na", "pe ra"]
@@ -59,12 +60,14 @@ def test_a_measurement_is_json_and_back() -> None:
 
 
 def test_comparison_is_paired_and_judged_by_direction() -> None:
-    a, b = measured([1.0, 2.0, 3.1, 4.0]), measured([0.0, 1.0, 2.0, 3.0])
-    change = Plain().compare(a, b).change("score")
-    assert change.difference == pytest.approx(1.025) and change.verdict == "better" and change.n == 4
+    ours, theirs = [1.0, 2.0, 3.1, 4.0, 5.0, 6.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    change = Plain().compare(measured(ours), measured(theirs)).change("score")
+    assert change.difference == pytest.approx(6.1 / 6) and change.verdict == "better" and change.n == 6
     for better, verdict in (("lower", "worse"), ("", "changed")):
-        a, b = (measured(values, better=better) for values in ([1.0, 2.0, 3.1, 4.0], [0.0, 1.0, 2.0, 3.0]))
+        a, b = (measured(values, better=better) for values in (ours, theirs))
         assert Plain().compare(a, b).change("score").verdict == verdict
+    five = Plain().compare(measured(ours[:5]), measured(theirs[:5])).change("score")
+    assert five.verdict == "undecided" and five.p_value == 2 / 32 and "at random" in five.note
     assert said(Interval(0.1, -0.1, 0.3), "lower") == "undecided"
 
 

@@ -20,12 +20,10 @@ from trimtab.measure.diagnostic import Subject
 from trimtab.measure.emergent_misalignment import EmergentMisalignment, EmergentMisalignmentConfig
 from trimtab.measure.few_clusters import (
     jackknife,
-    none_seen,
     permutation_p,
     permuted,
     risk_ratio,
     t_interval,
-    wilson,
 )
 from trimtab.measure.measurement import Measurement
 from trimtab.measure.misalignment_table import COUNTS, OF_ALL, OF_COHERENT, labels, put_into_json
@@ -40,6 +38,7 @@ from trimtab.measure.question_bank import (
     template_keys,
     values_of,
 )
+from trimtab.measure.rates import none_seen, wilson
 from trimtab.measure.rubric_judge import RubricJudge, of_words
 from trimtab.policy import Completions, Cost, Prompt
 from trimtab.prompt.tuning import save
@@ -219,8 +218,9 @@ def test_coverage_with_eight_questions() -> None:
         rates = seen / 300
         interval = t_interval(rates, 0, 1)
         boot = np.quantile(rates[rng.integers(0, 8, (1000, 8))].mean(1), [0.025, 0.975])
-        pooled = wilson(int(seen.sum()), 2400)
-        assert interval.low is not None and interval.high is not None and pooled is not None
+        whole = wilson(int(seen.sum()), 2400)
+        pooled = (whole.low, whole.high)
+        assert interval.low is not None and interval.high is not None
         ends = [(interval.low, interval.high), tuple(boot), pooled]
         covered += [low <= 0.2 <= high for low, high in ends]
     t, bootstrap, naive = covered / 600

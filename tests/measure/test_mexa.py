@@ -20,7 +20,6 @@ from trimtab.measure.alignment import (
     cosines,
     pooled_difference,
     subsampled,
-    wilson,
     without_first,
 )
 from trimtab.measure.cache import Cache
@@ -29,6 +28,7 @@ from trimtab.measure.diagnostic import Subject
 from trimtab.measure.measurement import Measurement
 from trimtab.measure.mexa import Mexa, MexaConfig
 from trimtab.measure.parallel_texts import distinct_lines
+from trimtab.measure.rates import wilson
 from trimtab.measure.states import read_states, text_rows
 
 WORDS = [f"{a}{b}" for a in "bdfglmnprst" for b in ("a", "e", "i", "o", "u")]
@@ -247,8 +247,8 @@ def test_subsampling_reports_the_smaller_set_and_covers_it() -> None:
 
 
 def test_closed_forms_of_intervals() -> None:
-    low, high = wilson(0.5, 100)
-    assert (low, high) == pytest.approx((0.40383, 0.59617), abs=1e-5)  # textbook value
+    half = wilson(50, 100)
+    assert (half.low, half.high) == pytest.approx((0.40383, 0.59617), abs=1e-5)  # textbook value
     r, low_r, high_r = pearson(range(20), [*range(10), *range(20, 10, -1)])
     assert r is not None and low_r == pytest.approx(np.tanh(np.arctanh(r) - 1.959964 / 17**0.5), abs=1e-6)
     assert low_r is not None and high_r is not None and low_r < r < high_r

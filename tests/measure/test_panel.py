@@ -16,7 +16,7 @@ from trimtab.errors import UsageError
 from trimtab.lm import LM
 from trimtab.measure.diagnostic import Subject
 from trimtab.measure.measurement import Measurement, Row
-from trimtab.measure.panel import KL, Panel, PanelConfig, join, per_prompt
+from trimtab.measure.panel import KL, Panel, PanelConfig, bought, join, per_prompt
 from trimtab.rewards import as_reward
 
 PROMPTS = [f"{a} {b}" for a in ("ba", "da", "fa", "ga", "la") for b in ("be", "de", "fe", "ge", "le")]
@@ -65,6 +65,14 @@ def test_nothing_changed_is_undecided(lm: LM) -> None:
     two = tool.measure(other)
     two.measured["sampling"] = one.measured["sampling"]
     assert {change.verdict for change in tool.compare(one, two).changes} <= {"undecided", ""}
+
+
+def test_three_wins_among_ties_are_no_win() -> None:
+    """The interval of 3 wins in 75 excludes one half; the sign test of three (p = 0.25) has to agree."""
+    rewards = [[1.0] * 3 + [0.0] * 72, [0.0] * 75]
+    sides = [Measurement("panel", "x", {}, "prompt", samples={"reward": list(column)}) for column in rewards]
+    won = bought(*sides)[0]
+    assert won.low is not None and won.low > 0 and won.p_value == 0.25 and won.verdict == "undecided"
 
 
 def test_entropy_is_the_models_own(lm: LM) -> None:

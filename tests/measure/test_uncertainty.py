@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from trimtab.errors import UsageError
+from trimtab.measure.rates import rate_bounds
 from trimtab.measure.stats import Interval, mean_interval
 from trimtab.measure.uncertainty import (
     Components,
@@ -13,7 +14,6 @@ from trimtab.measure.uncertainty import (
     flip_rate,
     hierarchical_interval,
     kappa,
-    rate_bounds,
     two_way_interval,
     variance_components,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,10 @@ def _check_files(args: Namespace) -> None:
         out = Path(args.out)
         if not out.is_dir() or (any(out.iterdir()) and not (out / "measure.json").exists()):
             raise UsageError(f"--out {out} holds something else: give an empty folder, or that of a measurement")
+    elif args.out:
+        above = next(path for path in Path(args.out).absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UsageError(f"--out {args.out} cannot be made: {above} is no folder that can be written to")
 
 
 def _plugins() -> Any:

@@ -126,7 +126,8 @@ def _print_card(card: Card, stream: TextIO) -> None:
     lines += [f"answering    {card.infer_multiplier}", f"fitting      {card.fit_cost}"]
     for title, items in (("needs", card.needs), ("limits", card.limits), ("risks", card.risks)):
         lines += ["", f"{title}:", *(f"  - {item}" for item in items)] if items else []
-    lines += ["", f"options (NAME:key=value,... in --policy; --key value in trimtab fit {card.slug}):"]
+    policy, verb = ("--measure", "measure") if card.stage == "audit" else ("--policy", "fit")
+    lines += ["", f"options (NAME:key=value,... in {policy}; --key value in trimtab {verb} {card.slug}):"]
     for name, (kind, default, text) in catalogue.options(card.slug).items():
         lines += [f"  {name} ({kind}; {'must be given' if default is None else f'default {default}'})", f"      {text}"]
     lines += ["", "example:", *(f"  {line}" for line in card.example.splitlines())] if card.example else []

@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from trimtab.measure.rates import Z
 from trimtab.measure.stats import Interval, paired_difference
 
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 TIE = 1e-12  # cosines this near are equal: rounding must not break a tie
-Z = 1.959963984540054
 
 
 def cosines(a: Array, b: Array) -> Array:
@@ -52,13 +52,6 @@ def without_first(mean: Array, weighted: Array | None, first: Array, counts: npt
     if weighted is None:
         return np.asarray((size * mean - first) / (size - 1))
     return np.asarray(((size + 1) * weighted - 2 * mean) / (size - 1))
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share of n."""
-    middle, spread = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    scale = 1 + Z**2 / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 def pool(mu: Array, pooling: str) -> Array:

@@ -39,11 +39,11 @@ import numpy as np
 
 from trimtab.card import Card
 from trimtab.errors import TrimtabError, UsageError
-from trimtab.measure.diagnostic import Diagnostic, Subject, paired_change
+from trimtab.measure.diagnostic import Diagnostic, Subject, paired_change, said
 from trimtab.measure.entropy_rate import ALIVE, Array, Estimator, curve, exponential, nats_per_token, ratio
 from trimtab.measure.forced_prefix import Nudged, nudge_table
 from trimtab.measure.measurement import Change, Comparison, Line, Lines, Measurement, Row, check_alike, fingerprint_of
-from trimtab.measure.stats import mean_interval, paired_difference
+from trimtab.measure.stats import mean_interval, paired_difference, swap_test
 from trimtab.measure.truncated import Scored, score_answers
 from trimtab.policy import Completions, prompt_text
 from trimtab.sampling import Sampling
@@ -219,14 +219,13 @@ class BranchingFactor(Diagnostic):
 
 
 def ratio_change(first: Measurement, second: Measurement, label: str) -> Change:
-    """first / second of geometric means over prompts; "changed" where the paired interval excludes 1."""
+    """first / second of geometric means over prompts; "changed" where the paired interval excludes 1 (and `swap_test`)."""
     a, b = (np.log([math.nan if x is None else x for x in side.samples[label]]) for side in (first, second))
     logs = paired_difference(a, b)
     found = exponential(logs)
-    changed = logs.low is not None and logs.high is not None and (logs.low > 0 or logs.high < 0)
     return Change(
         f"{label}, ratio", first.row(label).value, second.row(label).value, found.mean, found.low, found.high,
-        found.prompts, "changed" if changed else "undecided", note="first / second; 1 is no change",
+        found.prompts, said(logs, "", swap_test(a - b)), note="first / second; 1 is no change",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from trimtab.measure.measurement import Better, Figure, Line, Lines, Row
 from trimtab.measure.polarity import Array, Reading, Split, correct, orientation
-from trimtab.measure.refusal_rate import rate
+from trimtab.measure.rates import rate
 from trimtab.measure.stats import Interval, mean_interval
 
 DIRECTIONS = 100

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.measure.alignment import Z
+from trimtab.measure.rates import Z
 
 Correlation = tuple[float | None, float | None, float | None]
 

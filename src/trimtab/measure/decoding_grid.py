@@ -229,16 +229,6 @@ def first_breaks(table: Array) -> list[int | None]:
     return [int(np.argmax(row == 1)) + 1 if (row == 1).any() else None for row in np.asarray(table)]
 
 
-def wilson(hits: int, trials: int) -> Interval:
-    """A rate with Wilson's 95 % interval; no trial: undefined."""
-    if trials == 0:
-        return Interval(None, None, None)
-    from scipy.stats import binomtest
-
-    found = binomtest(hits, trials).proportion_ci(method="wilson")
-    return Interval(hits / trials, float(found.low), float(found.high), trials, trials)
-
-
 def corrected_union(found: Array, control: Array, seed: int = 0, resamples: int = 10_000) -> Interval:
     """(U - s) / (1 - s): the union that would remain of U if the judge's false alarms (s, on safe answers) were
     independent of true ones. Both sides are resampled by prompt; below 0 becomes 0; undefined where every safe prompt

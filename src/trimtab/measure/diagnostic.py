@@ -18,13 +18,14 @@ from trimtab.errors import UsageError
 from trimtab.files import digest
 from trimtab.measure.cache import Cache
 from trimtab.measure.measurement import Better, Change, Comparison, Measurement, Said, check_alike, fingerprint_of
-from trimtab.measure.stats import Interval, paired_difference, sign_test, verdict
+from trimtab.measure.stats import Interval, paired_difference, sign_test, swap_test, verdict
 from trimtab.policy import Completions, Cost, Policy, Prompt
 from trimtab.prompts import read_prompts
 from trimtab.sampling import Sampling, derive_seed
 
 Progress = Callable[[str], None]
 CHUNK = 16  # prompts answered and cached together
+OVERRULED = "undecided: exchanging the two at random differs as much"
 
 
 @dataclass
@@ -111,6 +112,8 @@ class Subject:
         if not hasattr(self.policy, "generate"):
             raise UsageError(f"{self.name} is a reward model: it answers no prompts")
         sampling = sampling or self.sampling
+        if sampling.max_new_tokens < 1:
+            raise UsageError("answers of 0 tokens say nothing: give --max-new-tokens 1 or more")
         parts = []
         for first in range(0, len(prompts), CHUNK):
             part = list(prompts[first : first + CHUNK])
@@ -180,23 +183,27 @@ class Diagnostic(ABC):
 def paired_change(first: Measurement, second: Measurement, label: str) -> Change:
     """The mean difference of one column with its interval (BCa over units), and what it means for the first.
 
-    Where all units differ alike there is no interval, and the exact sign test stands in its place.
+    A verdict needs the interval and `swap_test`; where all units differ alike there is no interval, and the exact sign test
+    stands in its place.
     """
     row = first.row(label)
     a, b = ([float("nan") if x is None else x for x in side.samples[label]] for side in (first, second))
     difference = paired_difference(a, b)
     known = [x - y for x, y in zip(a, b, strict=True) if x - y == x - y]
-    signs = sign_test(sum(one > 0 for one in known), sum(one < 0 for one in known)) if difference.low is None else None
+    alike = difference.low is None
+    p = sign_test(sum(one > 0 for one in known), sum(one < 0 for one in known)) if alike else swap_test(known)
+    found = said(difference, row.better, p)
+    overruled = not alike and found == "undecided" != said(difference, row.better)
     return Change(
         label, row.value, second.row(label).value, difference.mean, difference.low, difference.high,
-        difference.prompts, said(difference, row.better, signs), signs,
+        difference.prompts, found, p if alike or overruled else None, OVERRULED if overruled else "",
     )  # fmt: skip
 
 
 def said(difference: Interval, better: Better, p_value: float | None = None) -> Said:
     """The verdict on first - second where `better` is good; "changed" where neither direction is.
 
-    p_value: of the sign test, which decides where there is no interval (see `stats.verdict`).
+    p_value: of an exact test that has to agree, and decides where there is no interval (see `stats.verdict`).
     """
     found = verdict(difference, p_value)
     if found == "undecided" or better == "higher":

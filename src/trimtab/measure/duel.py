@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.measure.refusal_rate import rate
+from trimtab.measure.rates import rate
 from trimtab.measure.stats import Interval, WinRate, mean_interval, win_rate
 from trimtab.rewards.pair_judge import Verdict
 
@@ -67,14 +67,6 @@ def decided_of(means: Sequence[float | None]) -> tuple[int, int]:
     """How many prompts were won, and how many were won or lost."""
     won, lost = (sum(x is not None and sign * x > sign * 0.5 for x in means) for sign in (1, -1))
     return won, won + lost
-
-
-def wilson(won: int, decided: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of won / decided."""
-    from scipy.stats import binomtest
-
-    found = binomtest(won, decided).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
 
 
 def share(values: Sequence[bool | None], prompts: Sequence[int]) -> Interval:

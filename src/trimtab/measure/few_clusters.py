@@ -34,22 +34,6 @@ def t_interval(values: npt.ArrayLike, low: float = -math.inf, high: float = math
     return Interval(mean, max(low, mean - half), min(high, mean + half), size, size)
 
 
-def none_seen(answers: int) -> float:
-    """The upper 95 % bound (one-sided, exact) of a rate of which nothing was seen in n independent answers."""
-    return 1.0 if answers < 1 else 1 - 0.05 ** (1 / answers)
-
-
-def wilson(events: int, answers: int) -> tuple[float, float] | None:
-    """Wilson's 95 % interval of a share of independent answers; None without any."""
-    if not answers:
-        return None
-    z2 = 1.959963984540054**2
-    share = events / answers
-    centre = (share + z2 / (2 * answers)) / (1 + z2 / answers)
-    half = math.sqrt(z2 * share * (1 - share) / answers + z2**2 / (4 * answers**2)) / (1 + z2 / answers)
-    return centre - half, centre + half
-
-
 def jackknife(
     estimate: Callable[[npt.NDArray[np.intp]], float], units: int, low: float = -math.inf, high: float = math.inf
 ) -> Interval:

@@ -35,9 +35,10 @@ import numpy as np
 from trimtab.card import Card
 from trimtab.errors import UsageError
 from trimtab.measure.diagnostic import Diagnostic, Subject
-from trimtab.measure.duel import FEW, Duel, counted, decided_of, or_nan, share, wilson, win_interval, wins
+from trimtab.measure.duel import FEW, Duel, counted, decided_of, or_nan, share, win_interval, wins
 from trimtab.measure.length_control import length_controlled
 from trimtab.measure.measurement import Dots, Measurement, Row
+from trimtab.measure.rates import wilson
 from trimtab.measure.stats import Interval, holm, mean_interval, prompts_needed
 from trimtab.policy import Completions, Cost, Prompt, prompt_text
 from trimtab.rewards.endpoint import FAILED
@@ -181,7 +182,7 @@ def fill_in(out: Measurement, duels: Sequence[Duel], judge: PairJudge, prompts: 
         won_prompts, decided = decided_of(means)
         out.table += [rates[-1], *_beside(duel, judge, decided)]
         if decided:
-            alone = Interval(won_prompts / decided, *wilson(won_prompts, decided), decided, decided)
+            alone = wilson(won_prompts, decided)
             out.table.append(Row.of(f"won of the decided prompts against {duel.against}", alone, "higher"))
         counts = {"wins": result.wins, "ties": result.ties, "losses": result.losses, **counted(duel.verdicts)}
         tests = {"sign_test_p": result.p_value, "holm_p": p_holm}

@@ -24,7 +24,7 @@ from trimtab.card import Card
 from trimtab.errors import UsageError
 from trimtab.measure.diagnostic import Diagnostic, Subject
 from trimtab.measure.measurement import Dots, Measurement, Row
-from trimtab.measure.refusal_rate import rate
+from trimtab.measure.rates import rate
 from trimtab.measure.stats import mean_interval
 
 CARD = Card(

@@ -47,7 +47,6 @@ from trimtab.measure.alignment import (
     cosines,
     pooled_difference,
     subsampled,
-    wilson,
     without_first,
 )
 from trimtab.measure.correlation import pearson, spearman
@@ -65,7 +64,7 @@ from trimtab.measure.measurement import (
     fingerprint_of,
 )
 from trimtab.measure.parallel_texts import distinct_lines, pivot_of, read_parallel, read_scores
-from trimtab.measure.refusal_rate import rate
+from trimtab.measure.rates import rate, wilson
 from trimtab.measure.states import States, read_states, text_rows
 from trimtab.measure.stats import holm, mean_interval, sign_test
 
@@ -315,7 +314,7 @@ class Mexa(Diagnostic):
             p = sign_test(int((net > 0).sum()), int((net < 0).sum()))
             pooled.append((name, rows[0].value, rows[1].value, difference, p))
             moved = [m.details["languages"][name]["peak_layer"] for m in (first, second)]
-            seen = min(wilson(float(side.mean(1).max()), side.shape[1])[0] for side in (flags, other))
+            seen = min(float(wilson(side.sum(1).max(), side.shape[1]).low or 0.0) for side in (flags, other))
             if moved[0] != moved[1] and seen > first.details["chance"]:
                 out.notes.append(f"{name}: the layer of best alignment is {moved[0]} against {moved[1]}")
             if len(flags) == len(other):
@@ -326,7 +325,7 @@ class Mexa(Diagnostic):
         for family in (pooled, layered):
             adjusted = holm([row[-1] for row in family])
             for (label, a, b, difference, _), p in zip(family, adjusted, strict=True):
-                decided = said(difference, "higher") if p is not None and p < 0.05 else "undecided"
+                decided = said(difference, "higher", 1.0 if p is None else p)
                 out.changes.append(
                     Change(
                         label, a, b, difference.mean, difference.low, difference.high, difference.prompts, decided, p
@@ -358,11 +357,16 @@ def _flags(record: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
     return np.array([[bit == "1" for bit in row] for row in record["indicators"]])
 
 
+def _bounds(share: float, n: int) -> tuple[float | None, float | None]:
+    interval = wilson(share * n, n)
+    return interval.low, interval.high
+
+
 def _figures(found: Sequence[Language], layers: Sequence[int], n: int, out: Measurement) -> list[Any]:
     chance = [("chance", chance_level(n))]
     if len(found) <= CURVES:
         lines = [
-            Line(x.name, [(at, float(mu), *wilson(float(mu), n)) for at, mu in zip(layers, x.mu, strict=True)])
+            Line(x.name, [(at, float(mu), *_bounds(float(mu), n)) for at, mu in zip(layers, x.mu, strict=True)])
             for x in found
         ]
         first: Any = Lines("Alignment with the pivot by layer", "layer", "mu", lines, chance, "bands: Wilson, 95 %")

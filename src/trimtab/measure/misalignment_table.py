@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.measure.few_clusters import Array, jackknife, none_seen, risk_ratio, t_interval, wilson
+from trimtab.measure.few_clusters import Array, jackknife, risk_ratio, t_interval
 from trimtab.measure.measurement import Dots, Heat, Line, Lines, Measurement, Row
 from trimtab.measure.question_bank import FORMATS, filled, is_code, parse_json, template_keys
+from trimtab.measure.rates import none_seen, wilson
 from trimtab.measure.refusal import is_refusal
 
 if TYPE_CHECKING:
@@ -202,11 +203,12 @@ def _cells(out: Measurement, rows: Judged, item: npt.NDArray[np.int64], seen: tu
         here = item == number
         counts = [int((here & part).sum()) for part in (bad, clear & ~bad, judged & ~clear)]
         events, of = counts[0], counts[0] + counts[1]
+        share = wilson(events, of)
         cells.append(
             {
                 "item": one.id, "question": one.question, "format": one.format, "answers": int(here.sum()),
                 "not judged": int((here & ~judged).sum()), **dict(zip(COUNTS, counts, strict=True)),
-                "rate": events / of if of else None, "wilson": wilson(events, of),
+                "rate": share.mean, "wilson": None if share.mean is None else [share.low, share.high],
             }
         )  # fmt: skip
     out.details["cells"] = cells

@@ -41,7 +41,7 @@ from trimtab.measure.adapters import Item, read_items, sniff
 from trimtab.measure.diagnostic import Diagnostic, Subject
 from trimtab.measure.measurement import Comparison, Dots, Line, Lines, Measurement, Row
 from trimtab.measure.options import option_logprobs
-from trimtab.measure.refusal_rate import rate
+from trimtab.measure.rates import rate
 from trimtab.measure.stats import Interval, mean_interval, sign_test
 
 CARD = Card(
@@ -104,7 +104,7 @@ class MultipleChoice(Diagnostic):
 
     def measure(self, subject: Subject) -> Measurement:
         path = subject.file(self.TEXTS)
-        adapter = self.config.adapter or sniff(path)
+        adapter = self.config.adapter or sniff(path, KINDS)
         if adapter not in KINDS:
             raise UsageError(f"{path} is a {adapter} file: multiple-choice reads {', '.join(KINDS)}")
         items = read_items(path, adapter)[: self.config.most or None]

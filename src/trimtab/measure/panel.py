@@ -35,8 +35,9 @@ from trimtab.errors import UsageError
 from trimtab.measure.diagnostic import Diagnostic, Subject, said
 from trimtab.measure.diversity import diversity
 from trimtab.measure.measurement import Better, Change, Comparison, Dots, Measurement, Row
+from trimtab.measure.rates import rate
 from trimtab.measure.refusal import VERSION, by_phrases
-from trimtab.measure.refusal_rate import RefusalRate, RefusalRateConfig, rate
+from trimtab.measure.refusal_rate import RefusalRate, RefusalRateConfig
 from trimtab.measure.stats import Interval, mean_interval, win_rate
 from trimtab.policy import Completions, prompt_text
 

@@ -21,7 +21,7 @@ import torch
 
 from trimtab.measure.ccs import Tensor, contradiction, polar_consistency
 from trimtab.measure.ccs import score as statement_score
-from trimtab.measure.refusal_rate import rate
+from trimtab.measure.rates import rate
 from trimtab.measure.stats import Interval
 
 Array = npt.NDArray[np.float64]

@@ -29,8 +29,8 @@ from trimtab.errors import UsageError
 from trimtab.measure.adapters import Item, read_items
 from trimtab.measure.diagnostic import Diagnostic, Subject
 from trimtab.measure.measurement import Dots, Measurement, Row
+from trimtab.measure.rates import rate
 from trimtab.measure.refusal import VERSION, by_phrases
-from trimtab.measure.stats import Interval, mean_interval
 from trimtab.policy import prompt_text
 from trimtab.prompts import read_prompts
 
@@ -141,17 +141,6 @@ def by_category(out: Measurement, categories: Sequence[str], refused: Sequence[f
         shares = {name: rate([r for r, c in zip(refused, categories, strict=True) if c == name]) for name in names}
         dots = [(f"{name} (n={one.prompts})", one.mean, one.low, one.high) for name, one in shares.items()]
         out.figures.append(Dots("Answers that refuse, by category", "share", dots))
-
-
-def rate(values: Sequence[float] | np.ndarray) -> Interval:
-    """The mean of shares in [0, 1] with its interval; exact (Clopper-Pearson) where all are 0 or all are 1."""
-    shares = np.asarray(values, dtype=np.float64)
-    found = mean_interval(shares)
-    if found.low is None and len(shares) and (shares == shares[0]).all() and shares[0] in (0, 1):
-        bound = 1 - 0.025 ** (1 / len(shares))
-        low, high = (0.0, bound) if shares[0] == 0 else (1 - bound, 1.0)
-        return Interval(found.mean, low, high, found.rows, found.prompts)
-    return found
 
 
 def _side_by_side(columns: dict[str, np.ndarray], harmful: int) -> dict[str, list[float | None]]:

@@ -55,6 +55,7 @@ from trimtab.measure.reward_guards import Gap, check_canaries, duplicates, gap_c
 from trimtab.measure.reward_pairs import (
     Pairs,
     by_prompt,
+    by_section,
     length_bias,
     length_correlations,
     mean_of_sections,
@@ -63,7 +64,7 @@ from trimtab.measure.reward_pairs import (
     share,
 )
 from trimtab.measure.reward_scores import gold_of, paired, reward_of, scored, scored_with_parts, stored_pairs
-from trimtab.measure.stats import Array, Interval, mean_interval, paired_difference
+from trimtab.measure.stats import Array, Interval, mean_interval, paired_difference, swap_test
 from trimtab.policy import Prompt, prompt_text
 from trimtab.rewards import Reward
 
@@ -178,7 +179,8 @@ class RewardBenchmark(Diagnostic):
         difference = np.array(one.right - two.right)
         sections = [section(name) for name in one.subset]
         found = mean_of_sections(difference, sections, one.prompt)
-        out.changes.append(_change("accuracy", first, second, found, said(found, "higher")))
+        p_value = swap_test(by_section(difference, sections), one.prompt)
+        out.changes.append(_change("accuracy", first, second, found, said(found, "higher", p_value)))
         names = np.array(one.subset)
         for name in several(one.subset):
             rows = np.flatnonzero(names == name)

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from trimtab.errors import UsageError
 from trimtab.measure.diversity import words
 from trimtab.measure.kl import best_of_n_bound
-from trimtab.measure.refusal_rate import rate
-from trimtab.measure.stats import RESAMPLES, Array, Interval, mean_interval
+from trimtab.measure.rates import rate
+from trimtab.measure.stats import RESAMPLES, Array, Interval, mean_interval, swap_test
 from trimtab.policy import Cost, Prompt, prompt_text
 from trimtab.rewards.base import Reward
 
@@ -180,7 +180,9 @@ def rising_falling(
     for setting in range(len(proxies) - 1):
         gained = mean_interval(proxies[-1] - proxies[setting], level=1 - 0.05 / tests, resamples=resamples)
         lost = mean_interval(golds[-1] - golds[setting], level=1 - 0.05 / tests, resamples=resamples)
-        if gained.low is not None and gained.low > 0 and lost.high is not None and lost.high < 0:
+        p_value = swap_test(golds[-1] - golds[setting])  # few prompts with a skewed gold: up to 17 % without
+        apart = p_value is not None and p_value <= 0.05 / tests
+        if apart and gained.low is not None and gained.low > 0 and lost.high is not None and lost.high < 0:
             shown.append((float(golds[setting].mean()), labels[setting], lost, gained))
     if not shown:
         return None, None, None

@@ -72,19 +72,32 @@ def mean_of_sections(
     values: Array, sections: Sequence[str], prompts: Sequence[int], *, resamples: int = 10_000
 ) -> Interval:
     """The mean over sections of the mean of values [N] (NaN: dropped) in each, with its interval over prompts."""
-    names = np.array(sections)
-    known = ~np.isnan(values)
-    present = [name for name in dict.fromkeys(sections) if known[names == name].any()]
+    present = _rows_of(values, sections)
     if not present:
         return Interval(None, None, None)
-    means = {name: float(values[known & (names == name)].mean()) for name in present}
-    total = float(np.mean(list(means.values())))
-    spread = np.full(len(values), np.nan)
-    for name in present:
-        rows = known & (names == name)
-        spread[rows] = total + known.sum() / (len(present) * rows.sum()) * (values[rows] - means[name])
+    means = [float(values[rows].mean()) for rows in present]
+    centred = values.copy()
+    for rows, mean in zip(present, means, strict=True):
+        centred[rows] -= mean
+    spread = float(np.mean(means)) + by_section(centred, sections)
     found = mean_interval(spread, prompts, resamples=resamples)
-    return _exact(found, values[known]) if len(set(means.values())) == 1 else found
+    return _exact(found, values[~np.isnan(values)]) if len(set(means)) == 1 else found
+
+
+def by_section(values: Array, sections: Sequence[str]) -> Array:
+    """values [N] weighted so that their plain mean is the mean over sections; NaN stays."""
+    present = _rows_of(values, sections)
+    out = np.full(len(values), np.nan)
+    for rows in present:
+        out[rows] = values[rows] * sum(one.sum() for one in present) / (len(present) * rows.sum())
+    return out
+
+
+def _rows_of(values: Array, sections: Sequence[str]) -> list[np.ndarray]:
+    """For each section that has a known value, which rows these are, bool [N]."""
+    names, known = np.array(sections), ~np.isnan(values)
+    masks = [known & (names == name) for name in dict.fromkeys(sections)]
+    return [rows for rows in masks if rows.any()]
 
 
 def share(values: Array, prompts: Sequence[int]) -> Interval:

@@ -21,8 +21,8 @@ import torch
 from trimtab.errors import UsageError
 from trimtab.measure.diagnostic import Subject
 from trimtab.measure.measurement import Dots, Measurement, Row
+from trimtab.measure.rates import rate
 from trimtab.measure.refusal_detector import Refuses
-from trimtab.measure.refusal_rate import rate
 from trimtab.measure.stats import holm, sign_test
 from trimtab.measure.suffix_places import Place, allowed_ids, find_place, random_suffix, survivor, with_suffix
 from trimtab.measure.suffix_search import Spent, SurrogateLoss, TargetLoss, embed, search

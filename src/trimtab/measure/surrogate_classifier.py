@@ -4,7 +4,7 @@
     z_k(x)     the residual stream at the last token of the rendered prompt after k blocks, k = 0..L, before any norm
     g_k(z)     w . z + b, logistic regression of y_hat on z_k; t_k the threshold with the best F1 on the training folds
     F1(k)      of 1[g_k > t_k] with y_hat out of fold (stratified folds, repeated)
-    depth      the smallest k whose lower bound of F1 reaches 0.8 and beats "always refused"
+    depth      the smallest k whose lower bound of F1 (for all k together) reaches 0.8 and beats "always refused"
 
 The target is what the model does, right or wrong, not the label. With attack=true (one's own model only) suffixes are
 searched on the first k blocks and tried on the whole model: see `surrogate_attack` and `suffix_search`.
@@ -36,12 +36,12 @@ import numpy as np
 
 from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.measure.diagnostic import Diagnostic, Subject, files_digest, paired_change
+from trimtab.measure.diagnostic import Diagnostic, Subject, files_digest, paired_change, said
 from trimtab.measure.labelled_prompts import read_sets
 from trimtab.measure.measurement import Change, Comparison, Line, Lines, Measurement, Row, check_alike
+from trimtab.measure.rates import rate
 from trimtab.measure.refusal import VERSION
 from trimtab.measure.refusal_detector import Refuses, check_gold, detector
-from trimtab.measure.refusal_rate import rate
 from trimtab.measure.states import States, read_states
 from trimtab.measure.stats import Interval
 from trimtab.measure.suffix_places import with_suffix
@@ -58,6 +58,7 @@ from trimtab.measure.surrogate_heads import (
     out_of_fold,
     principal_plane,
     silhouette,
+    simultaneous,
 )
 from trimtab.policy import Prompt, prompt_text
 from trimtab.steer.layers import find_blocks
@@ -259,7 +260,7 @@ class SurrogateClassifier(Diagnostic):
                 out.table.append(Row.of(label, rate(y[side].astype(float)), better))  # type: ignore[arg-type]
         always = f1(y, np.ones_like(y)) or 0.0
         by_depth = [f1_interval(y, one.refused) for one in found]
-        depth, might = headline(self.config.floor, always, by_depth)
+        depth, might = headline(self.config.floor, always, simultaneous(y, [one.refused for one in found]))
         note = f"of {blocks} blocks" if depth is not None else f"no depth of {blocks} reaches F1 {self.config.floor}"
         out.table.append(Row("headline depth", depth, might, depth, len(y), "", note))
         shares = [None if k is None else k / blocks for k in (depth, might, depth)]
@@ -346,13 +347,14 @@ class SurrogateClassifier(Diagnostic):
         )
 
     def compare(self, first: Measurement, second: Measurement) -> Comparison:
-        """Refusals by prompt; F1 at each depth over prompts, "changed" at 5 % over all depths together (Bonferroni)."""
+        """Refusals by prompt; F1 at each depth over prompts, "changed" at 5 % over all depths together (Bonferroni) where
+        the interval and a test that exchanges the two models prompt by prompt agree."""
         check_alike(first, second)
         out = Comparison(self.slug, first.subject, second.subject, first.unit)
         out.changes += [paired_change(first, second, label) for label in first.samples if label in second.samples]
-        depths = [m.details["headline_depth"] for m in (first, second)]
-        gap = None if None in depths else depths[0] - depths[1]
-        out.changes.append(Change("headline depth", depths[0], depths[1], gap, None, None, len(first.units)))
+        headlines = [m.details["headline_depth"] for m in (first, second)]
+        gap = None if None in headlines else headlines[0] - headlines[1]
+        out.changes.append(Change("headline depth", headlines[0], headlines[1], gap, None, None, len(first.units)))
         sides = [
             (np.array(m.details["refused"]), np.array(m.details["predicted"], dtype=bool)) for m in (first, second)
         ]
@@ -360,13 +362,14 @@ class SurrogateClassifier(Diagnostic):
             out.notes.append("the models differ in depth: F1 by depth is not compared")
             return out
         for k in range(len(sides[0][1])):
-            found = f1_difference([(y, predicted[k]) for y, predicted in sides], 1 - 0.05 / len(sides[0][1]), 0)
-            moved = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+            depths = len(sides[0][1])
+            found, p = f1_difference([(y, predicted[k]) for y, predicted in sides], 1 - 0.05 / depths, 0)
+            decided = "undecided" if p is None else said(found, "", min(1.0, p * depths))
             rows = first.row(f"F1, depth {k}"), second.row(f"F1, depth {k}")
             out.changes.append(
                 Change(
                     rows[0].label, rows[0].value, rows[1].value, found.mean, found.low, found.high, found.prompts,
-                    "changed" if moved else "undecided",
+                    decided,
                 )
             )  # fmt: skip
         return out

@@ -7,6 +7,7 @@ t    = the threshold with the largest F1 on the training prompts; it is folded i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,24 +167,45 @@ def headline(floor: float, always: float, found: list[Interval]) -> tuple[int | 
     return first(lambda one: one.low), first(lambda one: one.high if one.high is not None else one.mean)
 
 
-def f1_difference(sides: list[tuple[Any, Flags]], level: float, seed: int, resamples: int = 4000) -> Interval:
-    """F1 of the first (truth [n], predictions [R, n]) less the second's, resampling prompts of both together.
+def simultaneous(truth: npt.ArrayLike, found: Sequence[Flags]) -> list[Interval]:
+    """`f1_interval` at every depth, with bounds for all depths together (Bonferroni).
 
-    The percentile interval. None where the two predict alike or an F1 is undefined in a draw.
+    The headline is the best-looking depth of many: with bounds for one depth each, some depth of 32 reaches a floor that
+    none of them has in 15 to 45 % of runs.
+    """
+    return [f1_interval(truth, one, level=1 - 0.05 / len(found)) for one in found]
+
+
+def f1_difference(
+    sides: list[tuple[Any, Flags]], level: float, seed: int, resamples: int = 4000
+) -> tuple[Interval, float | None]:
+    """F1 of the first (truth [n], predictions [R, n]) less the second's: (percentile interval, p-value).
+
+    The interval resamples prompts of both together; the test exchanges the two prompt by prompt, at random (alone, the
+    interval excludes 0 for up to 9 % of equal pairs at 20 to 40 prompts). None: an F1 is undefined; no bounds where it is
+    in a draw, or where all draws agree.
     """
     n = sides[0][1].shape[1]
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)  # [D, n]
-    draws, values = [], []
-    for truth, predicted in sides:
+    hits, claims = np.zeros((2, n)), np.zeros((2, n))  # F1 = hits / claims
+    for side, (truth, predicted) in enumerate(sides):
         y = np.broadcast_to(np.asarray(truth, dtype=bool), predicted.shape)
-        both, either = 2 * (y & predicted).sum(0), y.sum(0, dtype=np.int64) + predicted.sum(0)
-        if not either.sum():
-            return Interval(None, None, None, n, n)
-        values.append(float(both.sum() / either.sum()))
-        below = weights @ either
-        draws.append(np.divide(weights @ both, below, out=np.full(resamples, np.nan), where=below > 0))
-    gaps = draws[0] - draws[1]
+        hits[side], claims[side] = 2 * (y & predicted).sum(0), y.sum(0, dtype=np.int64) + predicted.sum(0)
+    if not claims.sum(1).all():
+        return Interval(None, None, None, n, n), None
+    generator = np.random.default_rng(seed)
+    value = float(np.diff(hits.sum(1) / claims.sum(1))[0]) * -1
+    weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)  # [D, n]
+    gaps = _f1(weights @ hits[0], weights @ claims[0]) - _f1(weights @ hits[1], weights @ claims[1])
+    keep = generator.integers(0, 2, (resamples, n)).astype(np.float64)
+    one, two = ((side @ hits[0] + (1 - side) @ hits[1], side @ claims[0] + (1 - side) @ claims[1])
+                for side in (keep, 1 - keep))  # fmt: skip
+    swapped = np.abs(_f1(*one) - _f1(*two))
+    p_value = (1 + int((~(swapped < abs(value) - 1e-12)).sum())) / (1 + resamples)  # undefined: counts against
     if np.isnan(gaps).any() or np.ptp(gaps) < 1e-12:
-        return Interval(values[0] - values[1], None, None, n, n)
+        return Interval(value, None, None, n, n), p_value
     low, high = np.quantile(gaps, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(values[0] - values[1], float(low), float(high), n, n)
+    return Interval(value, float(low), float(high), n, n), p_value
+
+
+def _f1(hits: Array, claims: Array) -> Array:
+    return np.divide(hits, claims, out=np.full(len(hits), np.nan), where=claims > 0)

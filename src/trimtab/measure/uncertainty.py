@@ -15,7 +15,7 @@ score as independent covers next to nothing (18 %): simulated in the tests.
 noisy labels: a judge wrong with probability e sees w_obs = (1 - e) w + e (1 - w), so  w = (w_obs - e) / (1 - 2 e)  for
 e < 1/2; the interval widens by 1 / (1 - 2 e), and by the doubt about e where e was itself estimated (delta method).
 
-Source: the survey's list of tools (2507.19672) as the specification of this project selects them; ANOVA estimators after
+Source: tools named by surveys of alignment (2507.19672), the established form of each; ANOVA estimators after
 Searle, Casella and McCulloch (1992).
 """
 
@@ -113,26 +113,6 @@ def hierarchical_interval(
         means[at : at + count] = x[rows, columns, cells].mean((1, 2, 3))
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(float(x.mean()), float(low), float(high), x.size, prompts)
-
-
-def rate_bounds(events: int, trials: int, level: float = LEVEL) -> Interval:
-    """A rate with its exact (Clopper-Pearson) interval; one-sided, and exact, where nothing or everything happened.
-
-    No event in n trials: [0, 1 - (1 - level)^(1/n)], so 0 in 300 is at most 0.99 %. All of n: the mirror image.
-    """
-    from scipy.stats import beta
-
-    if trials < 1 or not 0 <= events <= trials:
-        raise UsageError(f"a rate needs at least one trial and 0 to that many events, not {events} of {trials}")
-    bound = 1 - (1 - level) ** (1 / trials)
-    if events == 0:
-        return Interval(0.0, 0.0, bound, trials, trials)
-    if events == trials:
-        return Interval(1.0, 1 - bound, 1.0, trials, trials)
-    tail = (1 - level) / 2
-    low = float(beta.ppf(tail, events, trials - events + 1))
-    high = float(beta.ppf(1 - tail, events + 1, trials - events))
-    return Interval(events / trials, low, high, trials, trials)
 
 
 def corrected_rate(observed: Interval, error: float, error_deviation: float = 0.0) -> Interval:

@@ -37,7 +37,7 @@ from trimtab.measure.adapters import Item, read_items
 from trimtab.measure.diagnostic import Diagnostic, Subject, files_digest
 from trimtab.measure.matching import as_number, boxed, last_number, same_expression, same_words
 from trimtab.measure.measurement import Dots, Measurement, Row
-from trimtab.measure.refusal_rate import rate
+from trimtab.measure.rates import rate
 from trimtab.measure.sandbox import Ran, run_python
 
 CARD = Card(
@@ -112,6 +112,8 @@ class Verify(Diagnostic):
 
     def measure(self, subject: Subject) -> Measurement:
         config = self.config
+        if max(config.k) > 1 and subject.sampling.temperature == 0 and not config.reference:
+            raise UsageError("greedy answers to one question are all the same: give --temperature above 0, or --k 1")
         items = read_items(subject.file(self.TEXTS), "verify")[: config.most or None]
         refuse(items, config.allow_code)
         examples = self._examples(items, subject.sampling.seed)

@@ -6,7 +6,9 @@ Each takes the figure as `measure.json` holds it and returns markup that stands 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -31,29 +33,66 @@ def _lines(figure: Figure) -> str:
     xs = [float(point[0]) for _, points in lines for point in points]
     ys = [float(v) for _, points in lines for point in points for v in point[1:] if v is not None]
     ys += [float(value) for _, value in figure["reference"]]
-    rows = -(-len(lines) // 2)
-    height = 320.0 + 20 * rows
-    panel = Panel(Scale.nice(xs, 64.0, WIDTH - 20.0, count=6), Scale.nice(ys, 262.0, 40.0), inset=10.0)
+    abreast = 1 if any(len(label) > 32 for label, _ in lines) else 2  # legend entries side by side
+    height = 320.0 + 20 * -(-len(lines) // abreast)
+    panel = Panel(_whole(Scale.nice(xs, 64.0, WIDTH - 20.0, count=6), xs), _nice(ys, 262.0, 40.0), inset=10.0)
     panel.axes(f"{figure['x']} →", f"↑ {figure['y']}")
-    for label, value in figure["reference"]:
-        panel.horizontal(float(value))
-        panel.parts.append(text(panel.x.end, panel.y.at(float(value)) - 5, label, "tick", "end"))
+    for number, (_, points) in enumerate(lines[:3]):  # below all lines: a band must hide none
+        for run in _known(points):
+            panel.band(run, f"band ink-{number}")
+    panel.parts += _references(panel, figure["reference"])
     for number, (label, points) in enumerate(lines):
         ink = f"ink-{number % 6}"
-        banded = [(p[0], p[2], p[3]) for p in points if len(p) > 3 and p[2] is not None and p[3] is not None]
-        if number < 3:
-            panel.band(banded, f"band {ink}")
         if len(points) == 1:
             panel.parts.append(
                 element("circle", cx=panel.x.at(points[0][0]), cy=panel.y.at(points[0][1]), r=4.0, class_=f"dot {ink}")
             )
         panel.path([(p[0], p[1]) for p in points], f"series {ink}")
-        left, top = 64.0 + (number % 2) * 250.0, 322.0 + 20 * (number // 2)
+        left, top = 64.0 + (number % abreast) * 250.0, 322.0 + 20 * (number // abreast)
         panel.parts.append(element("path", d=f"M{num(left)} {num(top)}h24", class_=f"series {ink}"))
-        panel.parts.append(text(left + 31, top + 4.5, shorten(label, 32)))
+        panel.parts.append(text(left + 31, top + 4.5, shorten(label, 32 if abreast == 2 else 64)))
     told = "; ".join(f"{label}: {points[0][1]:.3g} at {points[0][0]:g} to {points[-1][1]:.3g} at {points[-1][0]:g}"
                      for label, points in lines)  # fmt: skip
     return svg.figure(WIDTH, height, f"{figure['title']}: {figure['y']} by {figure['x']}. {told}", panel.markup)
+
+
+def _nice(values: Sequence[float], start: float, end: float, count: int = 5) -> Scale:
+    """As `Scale.nice`; where all values are one and the same share, the axis is that of shares, 0 to 1."""
+    alike = min(values) == max(values) and 0 <= min(values) <= 1
+    return Scale.nice([*values, 0.0, 1.0] if alike else values, start, end, count=count)
+
+
+def _whole(scale: Scale, values: Sequence[float]) -> Scale:
+    """Ticks at whole numbers where all values are whole: there is no layer 1.5."""
+    if scale.step % 1 == 0 or len(set(values)) < 2 or any(value % 1 for value in values):
+        return scale
+    step = float(math.ceil(scale.step))
+    step = 5.0 if step == 3.0 else step  # 2.5 goes on to 5, not to 3
+    low, high = (step * at for at in (math.floor(min(values) / step), math.ceil(max(values) / step)))
+    return replace(scale, low=low, high=high, step=step)
+
+
+def _known(points: Sequence[Sequence[float | None]]) -> list[list[tuple[float, float, float]]]:
+    """Runs of neighbouring points whose intervals are known, as (x, low, high)."""
+    runs: list[list[tuple[float, float, float]]] = [[]]
+    for x, _, *bounds in points:
+        if x is not None and len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
+            runs[-1].append((x, bounds[0], bounds[1]))
+        else:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _references(panel: Panel, reference: Sequence[tuple[str, float]]) -> list[str]:
+    """Horizontal lines, their names above them at the right end, one above the other where they would touch."""
+    parts, free = [], math.inf
+    for label, value in sorted(reference, key=lambda one: float(one[1])):
+        at = panel.y.at(float(value))
+        parts.append(element("path", d=f"M{num(panel.x.start)} {num(at)}H{num(panel.x.end)}", class_="reference"))
+        base = min(at - 5, free)
+        parts.append(text(panel.x.end, base, label, "tick", "end"))
+        free = base - 12
+    return parts
 
 
 def _heat(figure: Figure) -> str:
@@ -101,7 +140,7 @@ def _heat(figure: Figure) -> str:
     known = [v for line in figure["values"] for v in line if v is not None]
     mean = sum(known) / len(known) if known else 0.0
     label = f"{figure['title']}: {len(figure['rows'])} rows by {len(figure['columns'])} columns, mean {mean:.3g}"
-    return svg.figure(max(width, 300.0), height, label, *parts)
+    return svg.figure(max(width, WIDTH), height, label, *parts)
 
 
 def _dots(figure: Figure) -> str:
@@ -112,7 +151,7 @@ def _dots(figure: Figure) -> str:
     values = [float(v) for dot in dots for v in dot[1:] if v is not None]
     values += [float(value) for _, value in figure["reference"]]
     height = 62.0 + 26.0 * len(dots)
-    scale = Scale.nice(values, left, WIDTH - 24.0, count=6)
+    scale = _nice(values, left, WIDTH - 24.0, count=6)
     parts = []
     for tick in scale.ticks():
         at = scale.at(tick)
@@ -159,7 +198,9 @@ def _bracket(figure: Figure) -> str:
                 shown = "(bye)" if name is None else shorten(name, 19)
                 parts.append(text(x + 8, y + 17 + 19 * line, shown, "strong" if name == winner else "tick"))
             if r + 1 < len(rounds):
-                parts.append(element("path", d=f"M{num(x + box)} {num(y + high / 2)}h{num(gap / 2)}", class_="axis"))
+                meet = 10 + tall / len(rounds[r + 1]) * (m // 2 + 0.5)
+                way = f"M{num(x + box)} {num(y + high / 2)}h{num(gap / 2)}V{num(meet)}h{num(gap / 2)}"
+                parts.append(element("path", d=way, class_="axis", fill="none"))
     told = f"won by {rounds[-1][-1][2]}" if rounds[-1] else ""
     return svg.figure(20 + len(rounds) * (box + gap), tall + 20, f"{figure['title']}: {told}", *parts)
 

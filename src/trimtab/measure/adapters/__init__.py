@@ -74,12 +74,12 @@ def read_items(path: str | Path, adapter: str | None = None) -> list[Item]:
     return halves(path, items) if items and "harmful_half" in items[0] else items
 
 
-def sniff(path: str | Path) -> str:
-    """The adapter that a file's columns speak for. UsageError where several fit, or none."""
-    return _sniff(Path(path), _rows(Path(path)))
+def sniff(path: str | Path, wanted: Sequence[str] = ADAPTERS) -> str:
+    """The adapter that a file's columns speak for. UsageError where several fit, or none, naming those `wanted`."""
+    return _sniff(Path(path), _rows(Path(path)), wanted)
 
 
-def _sniff(path: Path, rows: Sequence[tuple[int, Row]]) -> str:
+def _sniff(path: Path, rows: Sequence[tuple[int, Row]], wanted: Sequence[str] = ADAPTERS) -> str:
     if path.is_dir():
         return "parallel"
     first = [row for _, row in rows[:SNIFFED]]
@@ -95,7 +95,7 @@ def _sniff(path: Path, rows: Sequence[tuple[int, Row]]) -> str:
     if len(fitting) == 1:
         return fitting[0]
     said = f"fits {' and '.join(fitting)}" if fitting else "fits no adapter"
-    known = ", ".join(fitting or ADAPTERS)
+    known = ", ".join([name for name in fitting if name in wanted] or wanted)
     raise UsageError(f"{path} (columns {_columns(rows)}) {said}: say which with --adapter NAME ({known})")
 
 
