@@ -14,9 +14,12 @@ from trimtab.compare import compare, run_compare
 from trimtab.decode.best_of_n import BestOfN
 from trimtab.errors import UsageError
 from trimtab.lm import LM
-from trimtab.measures import Wanted
+from trimtab.measure.stats import win_rate
+from trimtab.measures import Wanted, panels
+from trimtab.policies import Built
 from trimtab.prompt.tuning import save
 from trimtab.report import write_report
+from trimtab.table import Measured
 
 PROMPTS = ["ba da fa la", "ma na", "pe", "ra sa ta be", "de fe"]
 REWARD = "keyword:words=ba|da|fa"
@@ -39,6 +42,22 @@ def texts(tmp_path: Path) -> Path:
 def run(model: Path, out: Path, **more: Any) -> dict[str, Any]:
     settings = {"policies": ["best-of-n:n=2"], "max_new_tokens": 5, "coherence": False, **more}
     return run_compare(str(model), REWARD, PROMPTS, out=out, **settings)
+
+
+def test_three_wins_among_ties_are_no_verdict_of_the_panel() -> None:
+    """The interval of 3 wins in 75 excludes one half; exchanged at random, one outcome in four is as one-sided."""
+    sides = []
+    for family, rewarded in (("base", 0), ("steered", 3)):
+        side = Measured(Built(family, family, policy=None))  # type: ignore[arg-type]
+        for i in range(75):
+            row = {"prompt_index": i, "reward": float(i < rewarded), "gold": None, "length": 4, "finish": "eos"}
+            row |= {"unrepeated": 1.0, "refuses": False, "kl": None, "nll_base": None, "entropy": None, "tokens": [i]}
+            side.rows.append(row)
+        sides.append(side)
+    record = {"win_rate": win_rate(sides[1].column("reward"), sides[0].column("reward")).rate.to_dict(), "gold": None}
+    changes = panels(sides, [{}, record])["comparisons"][0]["changes"]
+    assert changes[0]["label"] == "win rate" and changes[0]["low"] > 0
+    assert {change["verdict"] for change in changes if change["label"] in ("win rate", "reward")} == {"undecided"}
 
 
 def test_the_panel_equals_the_table_and_the_samples() -> None:

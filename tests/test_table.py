@@ -58,6 +58,13 @@ def test_the_verdict_is_of_the_paired_difference(sign: int, verdict: str) -> Non
     assert policy_record(measured(built(), steered), base, False)["verdict"] == verdict
 
 
+def test_three_prompts_that_differ_decide_nothing() -> None:
+    """The interval of 3 in 75 excludes 0; exchanged at random, one outcome in four is as one-sided."""
+    base = measured(built("base"), [row(i, 0.0) for i in range(75)])
+    found = policy_record(measured(built(), [row(i, float(i < 3)) for i in range(75)]), base, False)
+    assert found["win_rate"]["low"] > 0.5 and found["verdict"] == "undecided"
+
+
 def test_gold_decides_where_there_is_gold_and_unjudged_rows_are_left_out_in_pairs() -> None:
     """Row 1 has no gold under the base, row 2 none under the policy: row 0 alone is compared."""
     found = record([row(0, -9.0, gold=0.3), row(1, -9.0, gold=0.9), row(2, -9.0, gold=None)], has_gold=True)

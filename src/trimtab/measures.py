@@ -170,7 +170,9 @@ def _apart(one: Wanted, key: str, measured: Sequence[Measured], around: Surround
         if one.tool.REFERENCE and number:
             subject.reference = base
         try:
-            found.append(_kept(f"{key}-{number:02d}", partial(one.tool.measure, subject), one, around))
+            found.append(
+                _kept(f"{key}-{number:02d}", partial(one.tool.measure, subject), one, policy.built.name, around)
+            )
             found[-1].subject = policy.built.name
         except UsageError as error:
             refused[policy.built.name] = _told(one, policy.built.name, error)
@@ -194,7 +196,7 @@ def _together(one: Wanted, key: str, measured: Sequence[Measured], around: Surro
     refused: dict[str, str] = {}
     for number, (name, group) in enumerate(groups if one.tool.DUELS else [("the policies", subjects)]):
         try:
-            found.append(_kept(f"{key}-{number:02d}", partial(one.tool.measure_together, group), one, around))
+            found.append(_kept(f"{key}-{number:02d}", partial(one.tool.measure_together, group), one, name, around))
             found[-1].subject = name if one.tool.DUELS else found[-1].subject
         except UsageError as error:
             refused[name] = _told(one, name, error)
@@ -216,13 +218,13 @@ def _subject(policy: Measured, one: Wanted, around: Surroundings) -> Subject:
     )
 
 
-def _kept(key: str, take: Callable[[], Measurement], one: Wanted, around: Surroundings) -> Measurement:
+def _kept(key: str, take: Callable[[], Measurement], one: Wanted, name: str, around: Surroundings) -> Measurement:
     """Kept in the run directory, so that a resumed comparison does not ask again."""
     known = None if around.run is None else around.run.load_json(key)
     if known is not None:
         return Measurement.from_dict(known)
     if around.progress is not None:
-        around.progress(f"measuring {one.tool.slug}")
+        around.progress(f"measuring {one.tool.slug} of {name}")
     found = take()
     if around.run is not None:
         around.run.save_json(key, found.to_dict())

@@ -20,6 +20,7 @@ from trimtab import catalogue
 from trimtab.errors import UsageError, unknown
 from trimtab.files import digest, dump_json
 from trimtab.lm import LM, local_folder
+from trimtab.measure import METHODS as DIAGNOSTICS
 from trimtab.parts import Parts, make
 from trimtab.policy import Cost, Policy, Prompt
 from trimtab.rewards import as_reward

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tiny import tiny_lm
+from trimtab import catalogue
 from trimtab.cli import main
 from trimtab.prompt.tuning import save
 
@@ -142,6 +148,20 @@ def test_a_reward_model_is_a_subject_too(folder: Path, tmp_path: Path, capsys: p
     assert main(["measure", "refusal", "pocket/reward", "--texts", str(folder / "harmful.txt")]) == 2
 
 
+def test_other_templates_are_refused_before_any_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny import CHAT, tiny_tokenizer
+    from trimtab.lm import LM
+
+    save(tiny_lm(tokenizer=tiny_tokenizer(chat=CHAT)), tmp_path / "chat")
+    with monkeypatch.context() as patch:
+        patch.setattr(LM, "load", lambda *_: pytest.fail("a model was loaded"))
+        assert main(words(folder, "--against", str(tmp_path / "chat"))) == 2
+    assert "--template plain" in capsys.readouterr().err
+    assert main(words(folder, "--against", str(tmp_path / "chat"), "--template", "plain")) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -153,10 +173,47 @@ def test_a_reward_model_is_a_subject_too(folder: Path, tmp_path: Path, capsys: p
         (["measure", "refusal", "MODEL", "--texts", "TEXT", "--samples", "0"], "samples must be 1 or more"),
         (["measure", "refusal", "MODEL", "--texts", "TEXT", "--samples", "x"], "is not a whole number"),
         (["measure", "refusal", "MODEL", "--texts", "TEXT", "--against", "MODEL"], "is given twice"),
+        (["measure", "refusal", "MODEL", "--texts", "TEXT", "TEXT"], "its rows would count twice"),
+        (
+            ["measure", "refusal", "MODEL", "--texts", "TEXT", "--train-texts", "TEXT"],
+            "the very file that is measured on",
+        ),
+        (["measure", "human-triplets", "MODEL", "--texts", "MODEL/model.safetensors"], "not UTF-8 text (byte"),
         (["measure", "refusal", "MODEL/absent", "--texts", "TEXT"], "there is no model folder"),
         (["measure", "refusal", "best-of-n on MODEL", "--texts", "TEXT"], "give --reward"),
         (["measure", "varco-arena", "MODEL", "--texts", "TEXT"], "give --against MODEL"),
         (["measure", "refusal", "MODEL", "--texts", "TEXT", "--json", "/no/such/folder/x"], "there is no folder"),
+        (
+            ["measure", "refusal", "MODEL", "--texts", "TEXT", "--out", "TEXT/out"],
+            "is no folder that can be written to",
+        ),
+        (
+            ["measure", "refusal", "MODEL", "--texts", "TEXT", "--max-new-tokens", "0"],
+            "answers of 0 tokens say nothing",
+        ),
+        (["measure", "refusal", "aqi on MODEL", "--texts", "TEXT"], "aqi is a diagnostic and no policy"),
+        (["measure", "multiple-choice", "MODEL", "--texts", "TEXT"], "(mc, belief-mc, contrast-likelihood)"),
+        (
+            ["measure", "verify", "MODEL", "--texts", "TEXT", "--samples", "2", "--k", "2", "--temperature", "0"],
+            "greedy",
+        ),
+        (["measure", "generation-exploitation", "MODEL", "--texts", "TEXT", "--export", "TEXT"], "name a folder"),
+        (
+            [
+                "measure",
+                "reward-benchmark",
+                "MODEL",
+                "--texts",
+                "TEXT",
+                "--reward",
+                "length:target=3",
+                "--gold",
+                "length:target=9",
+                "--temperature",
+                "0",
+            ],
+            "--temperature above 0",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_written(
@@ -184,3 +241,64 @@ def test_a_policy_on_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -
     found = json.loads(capsys.readouterr().out)
     labels = [change["label"] for change in found["comparisons"][0]["changes"]]
     assert labels[:2] == ["win rate", "reward"] and labels[-2:] == ["tokens per answer", "seconds per answer"]
+
+
+def test_a_damaged_model_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copytree(folder / "one", tmp_path / name)
+        (tmp_path / name / name).write_bytes(b"{")
+        assert main(["measure", "refusal", str(tmp_path / name), "--texts", str(folder / "harmful.txt")]) == 2
+        assert "cannot load the model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_reader_who_has_gone(folder: Path) -> None:
+    """Tables are printed by rich, which on its own would exit with 1."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "trimtab", *words(folder)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 141 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["refusal", "multiple-choice"])
+def test_the_cards_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("harmful.txt", "harmless.txt"):
+        Path(file).write_text("Tell me how to steal a bike.\n")
+    row = {"question": "Where do I find a fox?", "choices": ["In the barn.", "In the hill."], "answer": 0}
+    Path("questions.jsonl").write_text(json.dumps(row) + "\n")
+    example = shlex.split(catalogue.card(name).example)
+    assert main([*example[1:], "--max-new-tokens", "2"]) == 0
+
+
+def test_a_comparison_prints_what_it_measured(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", str(folder / "one"), "--reward", "length:target=3", "--prompts", str(folder / "harmful.txt")]
+    command += ["--policy", "best-of-n:n=2", "--measure", f"refusal:texts={folder / 'harmless.txt'}"]
+    assert main([*command, "--max-new-tokens", "4", "--no-coherence", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "best-of-n:n=2 against base (paired by prompt)" in said.out and "\nrefusal " in said.out
+    assert "measuring refusal of best-of-n:n=2" in said.err
+
+
+def test_the_card_says_how_options_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "refusal"]) == 0
+    assert "in --measure; --key value in trimtab measure refusal)" in capsys.readouterr().out
+
+
+def test_a_long_name_is_short_over_its_column(folder: Path, tmp_path: Path) -> None:
+    name = "a-model-with-a-name-that-goes-on-and-on-checkpoint-12000"
+    shutil.copytree(folder / "two", tmp_path / name)
+    assert main(words(folder, "--against", str(tmp_path / name), "--out", str(tmp_path / "out"))) == 0
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert f'title="{name}">a-model-with-a…point-12000<' in html and f"<b>{name}</b>" in html
+
+
+def test_a_number_without_an_interval_says_so(folder: Path, tmp_path: Path) -> None:
+    """One sample of one answer has no spread: the cell holds words, not nothing."""
+    out = tmp_path / "out"
+    command = ["measure", "panel", str(folder / "one"), "--texts", str(folder / "harmful.txt"), "--out", str(out)]
+    assert main([*command, "--max-new-tokens", "5"]) == 0
+    table = json.loads((out / "measure.json").read_text())["measurements"][0]["table"]
+    bare = [row for row in table if row["value"] is not None and row["low"] is None]
+    assert (out / "report.html").read_text().count("<small>no interval</small>") == len(bare) > 0

@@ -177,6 +177,7 @@ def test_labels_that_say_nothing_have_small_p_values_at_the_nominal_rate() -> No
         value = float(g.comparable(g.separation(gram, *g.classes(labels)))[0])
         small += p_value(gram, value, sample, np.arange(24), 99, seed, 0.5)[0] <= 0.05
     assert small <= 400 * 0.05 + 2 * np.sqrt(400 * 0.05 * 0.95)
+    assert p_value(gram, 2.0, sample, np.arange(24), 99, 0, 0.5)[0] == 0.01  # never 0
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_the_ratio_is_what_enumeration_gives_and_the_mean_of_means_is_not(top_p:
     exact = math.exp(whole / length)
     limits = [math.exp(sum(p * np.mean(row[side]) for p, *row in every)) for side in (0, 1)]
     assert abs(limits[0] - limits[1]) > 0.02 and all(abs(limit - exact) > 0.005 for limit in limits)
+    assert BranchingFactorConfig().estimator == "ratio"
 
     lm = markov(CHAIN)
     sampling = Sampling(max_new_tokens=HORIZON, top_p=top_p, samples=4000, seed=1)

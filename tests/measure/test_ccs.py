@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from trimtab.measure.ccs import Centred, Probes, ccs_loss, contradiction, polar_consistency, score, train
+from trimtab.measure.ccs_layers import Controls, Layer, best_layer
 from trimtab.measure.polarity import Split, correct, folded_null, read
+from trimtab.measure.stats import Interval
 
 PAIRS, WIDTH = 200, 32
 
@@ -174,10 +176,25 @@ def test_probes_that_say_the_same_of_everything_are_not_ranked(p1: float, p0: fl
     assert why in found.refused
 
 
+def test_the_layer_is_chosen_on_the_training_pairs() -> None:
+    """One layer parts the training pairs and guesses on the test pairs, the other the other way round."""
+    split, right = Split.of(50, 0.4, 0), 0.5 + 0.4 * (torch.tensor([0, 1] * 50) * 2 - 1.0)
+    guess = 0.5 + 0.4 * (torch.tensor([0, 1, 1, 0] * 25) * 2 - 1.0)
+    layers = []
+    for known in (split.test, split.train):
+        p1 = guess.clone()
+        p1[split.statements(known)] = right[split.statements(known)]
+        reading = read(p1, 1 - p1, split, 99, 0)
+        layers.append(Layer(reading, Controls(Interval(None, None, None), Interval(None, None, None), None), reading))
+    assert layers[0].reading.esa.mean > layers[1].reading.esa.mean  # type: ignore[operator]
+    assert best_layer(layers) == 1
+
+
 def test_a_probe_that_hardly_decides_is_not_ranked() -> None:
     p1 = 0.5 + 0.05 * (torch.tensor([0, 1] * 50) * 2 - 1.0)
     found = read(p1, 1 - p1, Split.of(50, 0.4, 0), 99, 0)
     assert found.esa.mean == 1 and found.esa.low is not None and "decisiveness 0.10" in found.refused
+    assert found.p_value == 0.01  # of 99 permutations none: never 0
 
 
 def test_probes_at_chance_are_let_through_at_most_at_the_nominal_rate() -> None:

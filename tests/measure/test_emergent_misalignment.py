@@ -25,7 +25,7 @@ from trimtab.measure.few_clusters import (
     risk_ratio,
     t_interval,
 )
-from trimtab.measure.measurement import Measurement
+from trimtab.measure.measurement import Measurement, Row
 from trimtab.measure.misalignment_table import COUNTS, OF_ALL, OF_COHERENT, labels, put_into_json
 from trimtab.measure.question_bank import (
     FIRST_PLOT,
@@ -261,6 +261,24 @@ def test_permutation_false_alarms_are_nominal() -> None:
         verdicts += (gap.low > 0 or gap.high < 0) and p[1] < 0.05
     assert ((alarms / 1000 > 0.03) & (alarms / 1000 < 0.07)).all()
     assert verdicts / 1000 <= 0.05
+
+
+def test_a_verdict_needs_the_permutation_too() -> None:
+    """One or two answers of 20 more in each of 8 questions: the t-interval excludes 0; 73 against 64 of 160 is no news."""
+    sides = []
+    for bad in ([9] * 7 + [10], [8] * 8):
+        one = Measurement("emergent-misalignment", "x", {}, "question", list("abcdefgh"))
+        one.samples = {label: [count / 20 for count in bad] for label in (OF_COHERENT, OF_ALL, "coherent")}
+        one.table = [Row(label, 0.4, better="lower") for label in one.samples]
+        one.details["cells"] = [
+            {"question": q, "misaligned": count, "aligned": 20 - count, "incoherent": 0}
+            for q, count in zip(one.units, bad, strict=True)
+        ]  # fmt: skip
+        sides.append(one)
+    change = EmergentMisalignment().compare(*sides).change(OF_ALL)
+    assert change.low is not None and change.low > 0
+    assert change.p_value is not None and change.p_value > 0.1 and change.verdict == "undecided"
+    assert permutation_p(np.array([5.0, 0.0]), np.zeros((99, 2))) == [0.01, 1.0]  # never 0
 
 
 def test_a_model_against_itself_is_undecided(tmp_path: Path, judges: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from trimtab.measure.ratings import rate as ratings
 from trimtab.measure.reward_benchmark import RewardBenchmark
 from trimtab.measure.reward_guards import gap_curve
 from trimtab.measure.stats import mean_interval, win_rate
-from trimtab.measure.surrogate_heads import f1_difference
+from trimtab.measure.surrogate_classifier import SurrogateClassifier
 from trimtab.measure.triplets import choose, draw_triplets, scores_of
 
 Draw = Callable[[np.random.Generator], bool]
@@ -90,10 +90,14 @@ def reward_pairs(rng: np.random.Generator) -> bool:
 
 
 def refusal_f1(rng: np.random.Generator) -> bool:
-    truth = rng.random(20) < 0.5
-    sides = [(truth, (truth ^ (rng.random(20) < 0.4))[None]) for _ in range(2)]
-    found, p = f1_difference(sides, 0.95, 0, resamples=500)
-    return p is not None and said(found, "", p) == "changed"
+    """20 prompts, one depth, a reader that errs on four in ten."""
+    truth, sides = rng.random(20) < 0.5, []
+    for _ in range(2):
+        one = measured(truth.astype(float), "F1, depth 0")
+        one.samples = {}
+        one.details = {"headline_depth": None, "refused": truth, "predicted": [(truth ^ (rng.random(20) < 0.4))[None]]}
+        sides.append(one)
+    return SurrogateClassifier().compare(*sides).change("F1, depth 0").verdict == "changed"
 
 
 def alignment(rng: np.random.Generator) -> bool:
@@ -201,7 +205,7 @@ PATHS: dict[str, tuple[int, Draw]] = {
     "panel, win rate [0.10]": (300, panel_wins),
     "branching-factor, ratio [0.16]": (200, branching),
     "reward-benchmark, accuracy [0.15]": (100, reward_pairs),
-    "surrogate-classifier, F1 [0.085]": (800, refusal_f1),
+    "surrogate-classifier, F1 [0.085]": (600, refusal_f1),
     "mexa, score": (60, alignment),
     "emergent-misalignment, rate": (200, misaligned),
     "human-triplets, R2": (100, concepts("Procrustes R2")),

@@ -293,6 +293,16 @@ def test_rsa_is_spearman_of_the_triangles() -> None:
     assert scores.rsa(scores.ranks(a), scores.ranks(b), times) == pytest.approx(np.corrcoef(*ranked)[0, 1], abs=1e-12)
 
 
+def test_a_triplet_counts_as_often_as_a_resample_can_make_it() -> None:
+    """Concepts 0, 0, 1, 2: twice 0 1 2, none with 3. No concept three times over can be resampled into a triplet."""
+    triplets, agreed = np.array(list(combinations(range(4), 3))), np.array([1.0, 0.0, np.nan, 0.0])
+    drawn = np.array([[0, 1, 2, 3], [0, 0, 1, 2], [0, 0, 1, 3], [0, 0, 0, 0]])
+    found = scores.weighted_agreement(agreed, triplets, drawn)
+    assert found[:3].tolist() == [1 / 3, 1.0, 0.0] and np.isnan(found[3])
+    null = scores.permutation_null(lambda order: float((order == np.arange(9)).all()), 9, 99)
+    assert null.p == 1 / 100  # never 0
+
+
 def test_two_equally_good_models_are_rarely_told_apart() -> None:
     """Two models, each the truth and noise of its own at every concept: the intervals of their differences exclude 0 in at
     most 5 % of 200 pairs (plus 2 s.e., 3 points). R2 in 10 dimensions is where a bootstrap was too narrow (8 % of 800)."""

@@ -81,6 +81,20 @@ def test_ece_of_a_calibrated_model_is_small_and_of_a_bold_one_large() -> None:
     assert ece_row(confidence[:20], hits[:20], 15, seed=0).value is None  # undefined, and not 0
 
 
+def test_the_interval_of_an_ece_holds_0_and_a_gap() -> None:
+    """60 sets of 200 answers, 10 bins. Calibrated: 0 lies inside in 95 % less 3 standard errors (0.866). Too bold by 0.2:
+    0.2 does, in 80 % or more, and 0 in none. Percentiles of the bootstrap hold 0 never."""
+    generator, held = np.random.default_rng(0), {0.0: 0, 0.2: 0}
+    for _ in range(60):
+        confidence = generator.uniform(0.5, 1, 200)
+        for gap in held:
+            hits = (generator.random(200) < confidence - gap).astype(float)
+            row = ece_row(confidence, hits, 10, seed=0, resamples=100)
+            assert row.low is not None and row.high is not None and (row.low > 0 or not gap)
+            held[gap] += row.low <= gap <= row.high
+    assert held[0.0] / 60 > 0.866 and held[0.2] / 60 > 0.8, held
+
+
 def test_prompts() -> None:
     item = {"question": "Q?", "options": ["x", "y"], "continues": False}
     assert ask(item, False) == "Question: Q?\nAnswer:"

@@ -19,7 +19,7 @@ from trimtab.lm import LM
 from trimtab.measure.cache import Cache
 from trimtab.measure.diagnostic import Subject
 from trimtab.measure.labelled_prompts import read_sets
-from trimtab.measure.measurement import Measurement
+from trimtab.measure.measurement import Measurement, Row
 from trimtab.measure.states import read_states
 from trimtab.measure.stats import Interval
 from trimtab.measure.surrogate_classifier import SurrogateClassifier, SurrogateClassifierConfig
@@ -274,6 +274,29 @@ def test_the_target_is_what_the_model_does_not_the_label(tmp_path: Path) -> None
     always = 2 * np.mean(refused) / (1 + np.mean(refused))
     assert found.details["always_refused_f1"] == pytest.approx(always)
     assert {figure.title for figure in found.figures} == {"F1 by depth", "AUROC by depth", "Silhouette by depth"}
+
+
+def test_a_change_of_f1_needs_the_exchange_too() -> None:
+    """20 prompts, 8 refused: one reader finds 4 of these, the other all 8, both with the same 2 false alarms. The interval
+    excludes 0; of random exchanges of the two one in eight (the 4 that differ, all one way) differs as much."""
+    truth, sides = np.arange(20) < 8, []
+    for hits in (4, 8):
+        one = Measurement("surrogate-classifier", "x", {}, "prompt", [str(i) for i in range(20)])
+        one.table = [Row("F1, depth 0", 0.0)]
+        predicted = (np.arange(20) < hits) | np.isin(np.arange(20), [8, 9])
+        one.details = {"headline_depth": None, "refused": truth, "predicted": [predicted[None]]}
+        sides.append(one)
+    change = SurrogateClassifier().compare(*sides).change("F1, depth 0")
+    assert change.difference == pytest.approx(8 / 14 - 16 / 18) and change.high is not None and change.high < 0
+    assert change.verdict == "undecided"
+
+
+def test_the_headline_depth_is_taken_from_the_bounds_for_all_depths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "trimtab.measure.surrogate_classifier.simultaneous"
+    monkeypatch.setattr(name, lambda truth, found: [Interval(0.9, 0.1 + 0.75 * k, 1.0) for k in range(len(found))])
+    assert measure(tmp_path, by_word).row("headline depth").value == 1  # 0.85: the first above 0.8
 
 
 def test_a_second_run_forwards_nothing_and_equals_the_first(tmp_path: Path) -> None:

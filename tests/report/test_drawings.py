@@ -48,6 +48,44 @@ def test_a_band_is_drawn_only_where_an_interval_is_known() -> None:
     assert markup.count("band ink-0") == 1 and "band ink-1" not in markup
 
 
+def labels(markup: str) -> list[str]:
+    return [element.text or "" for element in ET.fromstring(markup).iter("text")]
+
+
+def test_layers_are_whole_numbers_and_shares_lie_between_0_and_1() -> None:
+    layers = labels(draw(plain(Lines("t", "layer", "F1", [Line("a", [(x, 0.0) for x in range(1, 5)])]))))
+    assert layers[:10] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0", "1", "2", "3", "4"]
+    many = labels(draw(plain(Lines("t", "layer", "F1", [Line("a", [(x, x) for x in range(16)])]))))
+    assert many[:8] == ["0", "5", "10", "15"] * 2  # not 2.5
+    assert labels(draw(plain(Dots("t", "share", [("a", 0.0, None, None)]))))[:2] == ["0.0", "0.2"]
+
+
+def test_names_of_lines_do_not_touch_and_are_whole() -> None:
+    name = "answers of 24 tokens or more, up to this one"
+    lines = Lines(
+        "t", "x", "y", [Line(name, [(0, 0.1), (1, 0.9)])], [("chance", 0.5), ("TF-IDF", 0.51), ("floor", 0.8)]
+    )
+    root = ET.fromstring(draw(plain(lines)))
+    at = {element.text: float(element.get("y", "nan")) for element in root.iter("text")}
+    assert at["chance"] - at["TF-IDF"] >= 12 and at["TF-IDF"] - at["floor"] >= 12 and name in at
+
+
+def test_no_band_lies_over_a_line_or_bridges_what_is_unknown() -> None:
+    known = [(0, 0.5, 0.4, 0.6), (1, 0.5, 0.4, 0.6), (2, 0.5, None, None), (3, 0.5, 0.4, 0.6), (4, 0.5, 0.4, 0.6)]
+    markup = draw(plain(Lines("t", "x", "y", [Line("a", known), Line("b", known)])))
+    assert markup.rindex('class="band') < markup.index('class="series') and markup.count('class="band') == 4
+
+
+def test_a_bracket_joins_its_matches() -> None:
+    root = ET.fromstring(draw(plain(FIGURES[3])))
+    ends = [path.get("d", "") for path in root.iter("path")]
+    assert len(ends) == 2 and len({end.split("V")[1] for end in ends}) == 1  # both arrive at the final
+
+
+def test_a_small_heat_map_is_not_blown_up() -> None:
+    assert draw(plain(Heat("t", ["a"], ["b"], [[0.5]]))).startswith('<svg viewBox="0 0 560 ')
+
+
 @pytest.mark.parametrize(
     "figure",
     [Lines("t", "x", "y", [Line("a", [(0, None)])]), Heat("t", [], [], []), Dots("t", "x", []), Bracket("t", [])],

@@ -95,10 +95,14 @@ def compare_and_print(settings: Mapping[str, Any], out: Path, json_to: str | Non
 
     with progress() as say:
         result = run_compare(**settings, out=out, progress=say)
+    from trimtab.cli.measured import print_measured
     from trimtab.cli.table import print_table
 
     stream = text_stream(json_to)
     print_table(result, stream)
+    for one in result.get("measures", ()):  # against the base where there is a comparison
+        print(file=stream)
+        print_measured({**one, "measurements": [] if one["comparisons"] else one["measurements"]}, stream)
     print(f"report: {out / 'report.html'}\nfigures: {out / 'compare.json'}", file=stream)
     write_result(json_to, result)
 

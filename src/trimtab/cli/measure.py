@@ -108,6 +108,8 @@ def _check_files(args: Namespace) -> None:
     for path in [*args.texts, *args.train_texts, *([args.fit_prompts] if args.fit_prompts else [])]:
         if not Path(path).exists():
             raise UsageError(f"there is no file {path}")
+    if twice := [path for path in args.texts if args.texts.count(path) > 1]:
+        raise UsageError(f"--texts {twice[0]} is given twice: its rows would count twice")
     if args.out and Path(args.out).exists():
         out = Path(args.out)
         if not out.is_dir() or (any(out.iterdir()) and not (out / "measure.json").exists()):

@@ -19,8 +19,9 @@ def print_measured(found: Mapping[str, Any], stream: TextIO) -> None:
         if number:
             print(file=stream)
         _print_measurement(one, stream)
-    for one in found["comparisons"]:
-        print(file=stream)
+    for number, one in enumerate(found["comparisons"]):
+        if number or found["measurements"]:
+            print(file=stream)
         _print_comparison(one, stream)
 
 

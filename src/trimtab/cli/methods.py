@@ -85,10 +85,13 @@ def _print_plan(found: Plan, stream: TextIO) -> None:
         print("nothing fits; every method and why:", file=stream)
     if found.pipelines:
         print(f"\ntogether: {'; '.join(found.pipelines[:8])}", file=stream)
-    if found.excluded:
+    told = {slug: why for slug, why in found.excluded.items() if not why[0].startswith("it belongs to the stage")}
+    if told:
         print("\nleft out:", file=stream)
-        for slug, reasons in found.excluded.items():
+        for slug, reasons in told.items():
             print(f"  {slug}: {'; '.join(reasons)}", file=stream)
+    if len(told) < len(found.excluded):
+        print(f"\nand {len(found.excluded) - len(told)} methods of other stages", file=stream)
     if found.measure_with:
         print(f"\nmeasure with: {', '.join(found.measure_with)}", file=stream)
 

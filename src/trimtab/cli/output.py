@@ -45,9 +45,13 @@ def console_for(table: Any, stream: TextIO) -> tuple[Any, int]:
     """A rich console for `stream`, and the width the table needs; where there is no terminal it is as wide as that."""
     from rich.console import Console
 
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich would exit with 1; `main` knows what a reader who has gone means
+
     needed = Console(width=10_000).measure(table).maximum
-    console = Console(file=stream)
-    return (console if console.is_terminal else Console(file=stream, width=max(needed, 120))), needed
+    console = Ours(file=stream)
+    return (console if console.is_terminal else Ours(file=stream, width=max(needed, 120))), needed
 
 
 class Progress:

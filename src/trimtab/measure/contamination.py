@@ -94,7 +94,7 @@ def check_files(test: Sequence[Path], train: Sequence[Path], n: int = N) -> list
             if path.is_dir():
                 continue
             if path.resolve() == trained.resolve():
-                raise UsageError(f"--train {trained} is the very file that is measured on")
+                raise UsageError(f"{trained} was trained or fitted on, and is the very file that is measured on")
             said = overlap(texts_of(path), rows, n).sentence(path, trained)
             out += [said] if said else []
     return out

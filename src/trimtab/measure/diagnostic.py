@@ -95,7 +95,7 @@ class Subject:
 
     def measured(self, texts: Any, config: Any, **more: Any) -> dict[str, Any]:
         """`Measurement.measured`: the model, a hash of the texts, the template, the options, and what else matters."""
-        template = getattr(getattr(getattr(self.policy, "lm", None), "tokenizer", None), "chat_template", None)
+        template = template_of(self.policy)
         return {
             "model": self.identity,
             "texts": fingerprint_of(texts),
@@ -141,6 +141,7 @@ class Diagnostic(ABC):
 
     TEXTS        what --texts must hold, in words; "" where none is needed
     REFERENCE    the first subject is measured with the second at hand (`Subject.reference`)
+    TEMPLATED    prompts go through chat templates, so models with different ones cannot be compared
     TOGETHER     it measures several subjects in one go: `measure_together` instead of `measure` and `compare`
     OUTPUTS      options that name a file it writes; with one of them nothing is taken from the cache of measurements
     DUELS        (TOGETHER) it sets the first subject against each of the others; else all against all
@@ -150,6 +151,7 @@ class Diagnostic(ABC):
     Config: ClassVar[type[Any]]
     TEXTS: ClassVar[str] = ""
     REFERENCE: ClassVar[bool] = False
+    TEMPLATED: ClassVar[bool] = True
     TOGETHER: ClassVar[bool] = False
     DUELS: ClassVar[bool] = False
     OUTPUTS: ClassVar[tuple[str, ...]] = ()
@@ -211,6 +213,14 @@ def said(difference: Interval, better: Better, p_value: float | None = None) -> 
     if better == "":
         return "changed"
     return "worse" if found == "better" else "better"
+
+
+def template_of(policy: Any) -> str | None:
+    """The chat template that a policy's prompts go through: that of the model at the bottom; None without one."""
+    while policy is not None and not hasattr(policy, "tokenizer"):
+        below = getattr(policy, "lm", None) or getattr(policy, "policy", None)
+        policy = None if below is policy else below
+    return getattr(getattr(policy, "tokenizer", None), "chat_template", None)
 
 
 def config_files(tool: Diagnostic) -> list[Path]:

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.card import Card
-from trimtab.errors import UsageError
+from trimtab.errors import TrimtabError, UsageError
 from trimtab.measure.diagnostic import Diagnostic, Subject
 from trimtab.measure.duel import FEW, Duel, counted, decided_of, or_nan, share, win_interval, wins
 from trimtab.measure.length_control import length_controlled
@@ -126,6 +126,9 @@ class Judged(Diagnostic):
         fill_in(out, duels, judge, len(prompts))
         out.warnings += [*self_judged(judge, subjects, names), *truncated(names, answers)]
         failed = sum(verdict.kind in FAILED for duel in duels for verdict in duel.verdicts)
+        if failed == sum(len(duel.verdicts) for duel in duels):
+            error = next(verdict.error for duel in duels for verdict in duel.verdicts if verdict.kind in FAILED)
+            raise TrimtabError(f"the judge {judge.name} gave no verdict at all: {error}")
         if failed:
             out.warnings.append(
                 f"{failed} pairs failed on the way to the judge: the same command asks for these alone again"

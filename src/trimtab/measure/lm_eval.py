@@ -77,6 +77,7 @@ class LmEval(Diagnostic):
 
     slug = "lm-eval"
     Config = LmEvalConfig
+    TEMPLATED = False
 
     def measure(self, subject: Subject) -> Measurement:
         config, lm = self.config, subject.lm

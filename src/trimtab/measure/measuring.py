@@ -101,6 +101,8 @@ def run_measure(
     texts = files_digest([*asked.texts, *config_files(tool)])
     bench = _Bench(asked, cache, progress)
     identities = [bench.identity(name) for name in subjects]
+    if tool.TEMPLATED and not tool.TOGETHER and asked.template == "own":
+        _check_templates(tool.slug, subjects)
     about = [tool.slug, dataclasses.asdict(tool.config), texts, asked.reward, asked.judge, asked.template]
     about += [asked.sampling.to_dict(), trimtab.__version__, _inputs(asked, tool.config)]
 
@@ -213,6 +215,28 @@ class _Bench:
         )
 
 
+def _check_templates(slug: str, subjects: Sequence[str]) -> None:
+    """Refuse models that could not be measured alike before any of them is loaded."""
+    folders = [(name, local_folder(split_subject(name)[1])) for name in subjects]
+    known = [(name, _template(folder)) for name, folder in folders if folder is not None]
+    for name, template in known[1:]:
+        if template != known[0][1]:
+            raise UsageError(
+                f"{slug}: {known[0][0]} and {name} have different chat templates (or one has none), so their prompts would "
+                "differ; --template plain measures both without a chat template"
+            )
+
+
+def _template(folder: Path) -> str | None:
+    """A model folder's chat template, as text."""
+    if (file := folder / "chat_template.jinja").exists():
+        return file.read_text()
+    if (file := folder / "tokenizer_config.json").exists():
+        found = json.loads(file.read_text()).get("chat_template")
+        return None if found is None else str(found)
+    return None
+
+
 def split_subject(name: str) -> tuple[str | None, str]:
     """`POLICY on MODEL` as its two parts; (None, MODEL) for a model."""
     policy, on, model = name.rpartition(" on ")
@@ -232,7 +256,11 @@ def _is_reward_model(path: str) -> bool:
     folder = local_folder(path)
     if folder is None:
         return False
-    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except ValueError:  # damaged: loading it as a model says how
+        return False
+    kinds = (config.get("architectures") if isinstance(config, dict) else None) or []
     return any("SequenceClassification" in kind for kind in kinds)
 
 

@@ -158,6 +158,7 @@ class Mexa(Diagnostic):
 
     slug = "mexa"
     Config = MexaConfig
+    TEMPLATED = False
     TEXTS = "parallel files (eng.txt fra.txt ...: line i means the same in each), a folder of them, or one table"
 
     config: MexaConfig

@@ -53,7 +53,8 @@ CARD = Card(
     limits=("a refusal is recognised by its phrases, in English",),
     dimensions=("refusal",),
     status=("implemented", "verified_cpu"),
-    example="trimtab measure refusal pocket/chat --texts harmful.txt harmless.txt --against pocket/base",
+    example="trimtab measure refusal pocket/chat --texts harmful.txt harmless.txt --against pocket/base "
+    "--template plain",
     choose="To see at once whether a change made the model say no more often, and to whom.",
 )
 

@@ -129,12 +129,15 @@ class RewardBenchmark(Diagnostic):
 
     slug = "reward-benchmark"
     Config = RewardBenchmarkConfig
+    TEMPLATED = False
     TEXTS = WHAT
 
     def measure(self, subject: Subject) -> Measurement:
         config: RewardBenchmarkConfig = self.config
         reward = reward_of(subject)
         gold = None if config.gold is None else gold_of(config.gold, reward, subject)
+        if gold is not None and subject.sampling.temperature == 0:
+            raise UsageError("the best of n greedy answers is any of them: with --gold give --temperature above 0")
         items = self._items(subject)
         prompts, answers = [item["prompt"] for item in items], [item["chosen"] for item in items]
         answers += [item["rejected"] for item in items]

@@ -40,7 +40,8 @@ def _lines(figure: Figure) -> str:
     for number, (_, points) in enumerate(lines[:3]):  # below all lines: a band must hide none
         for run in _known(points):
             panel.band(run, f"band ink-{number}")
-    panel.parts += _references(panel, figure["reference"])
+    for _, value in figure["reference"]:
+        panel.horizontal(float(value))
     for number, (label, points) in enumerate(lines):
         ink = f"ink-{number % 6}"
         if len(points) == 1:
@@ -51,6 +52,7 @@ def _lines(figure: Figure) -> str:
         left, top = 64.0 + (number % abreast) * 250.0, 322.0 + 20 * (number // abreast)
         panel.parts.append(element("path", d=f"M{num(left)} {num(top)}h24", class_=f"series {ink}"))
         panel.parts.append(text(left + 31, top + 4.5, shorten(label, 32 if abreast == 2 else 64)))
+    panel.parts += _names(panel, figure["reference"])
     told = "; ".join(f"{label}: {points[0][1]:.3g} at {points[0][0]:g} to {points[-1][1]:.3g} at {points[-1][0]:g}"
                      for label, points in lines)  # fmt: skip
     return svg.figure(WIDTH, height, f"{figure['title']}: {figure['y']} by {figure['x']}. {told}", panel.markup)
@@ -83,14 +85,13 @@ def _known(points: Sequence[Sequence[float | None]]) -> list[list[tuple[float, f
     return [run for run in runs if run]
 
 
-def _references(panel: Panel, reference: Sequence[tuple[str, float]]) -> list[str]:
-    """Horizontal lines, their names above them at the right end, one above the other where they would touch."""
+def _names(panel: Panel, reference: Sequence[tuple[str, float]]) -> list[str]:
+    """Names of horizontal lines, above them at the right end, one above the other where they would touch."""
     parts, free = [], math.inf
     for label, value in sorted(reference, key=lambda one: float(one[1])):
         at = panel.y.at(float(value))
-        parts.append(element("path", d=f"M{num(panel.x.start)} {num(at)}H{num(panel.x.end)}", class_="reference"))
         base = min(at - 5, free)
-        parts.append(text(panel.x.end, base, label, "tick", "end"))
+        parts.append(text(panel.x.end, base, label, "tick halo", "end"))
         free = base - 12
     return parts
 
@@ -136,7 +137,8 @@ def _heat(figure: Figure) -> str:
                     fill_opacity=None if value is None else round(0.06 + 0.94 * share, 3),
                 )  # fmt: skip
             )
-    width, height = left + cell * len(columns) + 10, top + side * len(rows) + 10
+    width, height = left + cell * len(columns) + 10, top + side * len(rows) + 28
+    parts.append(text(left, height - 8, f"pale: {low:g}, full colour: {high:g}", "tick"))
     known = [v for line in figure["values"] for v in line if v is not None]
     mean = sum(known) / len(known) if known else 0.0
     label = f"{figure['title']}: {len(figure['rows'])} rows by {len(figure['columns'])} columns, mean {mean:.3g}"

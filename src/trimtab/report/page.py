@@ -60,6 +60,7 @@ def environment() -> jinja2.Environment:
         "json": pretty,
         "plain_number": plain_number,
         "two_digits": lambda value: f"{value:.2g}",
+        "short": svg.shorten,
     }
     return found
 
