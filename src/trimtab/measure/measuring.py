@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -105,6 +106,7 @@ def run_measure(
         _check_templates(tool.slug, subjects)
     about = [tool.slug, dataclasses.asdict(tool.config), texts, asked.reward, asked.judge, asked.template]
     about += [asked.sampling.to_dict(), trimtab.__version__, _inputs(asked, tool.config)]
+    about.append(digest(inspect.getfile(type(tool))))  # a diagnostic that was edited measures again
 
     def taken(names: Sequence[str], take: Callable[[], Measurement]) -> Measurement:
         key = fingerprint_of(*about, [identities[list(subjects).index(name)] for name in names], list(names))

@@ -271,9 +271,10 @@ class SurrogateClassifier(Diagnostic):
         shown = depth if depth is not None else blocks
         for k, one in enumerate(by_depth):
             out.table.append(Row.of(f"F1, depth {k}", one, "", f"always refused: {always:.3f}" if k == 0 else ""))
-        out.table.append(Row.of(f"AUROC, depth {shown}", areas[shown]))
-        out.table.append(Row.of(f"accuracy, depth {shown}", right[shown]))
-        out.table.append(Row.of(f"F1 with the label, depth {shown}", labels[shown]))
+        here = "the depth was chosen on these prompts" if depth is not None else ""
+        out.table.append(Row.of(f"AUROC, depth {shown}", areas[shown], "", here))
+        out.table.append(Row.of(f"accuracy, depth {shown}", right[shown], "", here))
+        out.table.append(Row.of(f"F1 with the label, depth {shown}", labels[shown], "", here))
         curves: list[tuple[str, Sequence[Interval]]] = [("with the model", by_depth), ("with the label", labels)]
         if second is not None:
             across = [f1_interval(second.refused, one) for one in crossed]
