@@ -145,13 +145,16 @@ def _fill(
 ) -> None:
     blocks = find_blocks(lm.model)
     shape = (len(rows), len(blocks) + 1, block_width(lm.model))
-    files = {name: _file(folder, name, shape) for name in POOLINGS}
-    finals = {name: _file(folder, f"final-{name}", (shape[0], lm.hidden_size)) for name in POOLINGS}
-    norms = _file(folder, "norms", shape[:2])
+    shapes = dict.fromkeys(POOLINGS, shape) | {"norms": shape[:2]}
+    shapes |= {f"final-{name}": (shape[0], lm.hidden_size) for name in POOLINGS}
+    for name, one in shapes.items():
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=one)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     step = max(1, min(64, lm.batch_rows))
     for at in range(0, len(order), step):
         part = order[at : at + step]
+        # mapped for this batch alone: pages that stay mapped count as memory of the process
+        files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in shapes}
         if progress is not None and at and at % (16 * step) == 0:
             progress(f"reading hidden states: {at} of {len(rows)} texts")
         batch = _Batch([rows[i] for i in part], [spans[i] for i in part], lm.device)
@@ -185,10 +188,8 @@ def _fill(
                     f"{lm.name} has hidden states that are not numbers on text {part[0] + 1} or its neighbours: its "
                     "weights are damaged, or float16 overflows (load it in bfloat16 or float32)"
                 )
-            files[name][part], finals[name][part] = stacked.cpu().numpy(), final[name].cpu().numpy()
-        norms[part] = torch.stack([seen[layer]["norm"] for layer in range(shape[1])], 1).cpu().numpy()
-    for array in (*files.values(), *finals.values(), norms):
-        array.flush()
+            files[name][part], files[f"final-{name}"][part] = stacked.cpu().numpy(), final[name].cpu().numpy()
+        files["norms"][part] = torch.stack([seen[layer]["norm"] for layer in range(shape[1])], 1).cpu().numpy()
     counts = [end - start for start, end in spans]
     (folder / "about.json").write_text(json.dumps({"layers": shape[1], "counts": counts}))
 
@@ -221,7 +222,3 @@ class _Batch:
             "weighted": weighted,
             "norm": (self.weights[:, 0] * norms).sum(1),
         }
-
-
-def _file(folder: Path, name: str, shape: tuple[int, ...]) -> Any:
-    return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape)
