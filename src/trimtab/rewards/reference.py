@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import string
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class _Referenced(Reward):
     def fingerprint(self) -> str:
         return digest(self.slug, self.as_is, self._references)
 
+
+class _Compared(_Referenced):
+    """Answer and reference compared one with one; subclasses say how."""
+
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
         out: list[float | None] = []
         for prompt, text in zip(prompts, texts, strict=True):
@@ -67,12 +72,13 @@ class _Referenced(Reward):
     def _plain(self, text: str) -> str:
         return text.strip() if self.as_is else normalised(text)
 
+    @abstractmethod
     def _alike(self, answer: str, reference: str) -> float:
-        raise NotImplementedError
+        """How like they are, 0 to 1."""
 
 
 @dataclass(eq=False)
-class ExactMatch(_Referenced):
+class ExactMatch(_Compared):
     """1 where the answer is a reference, else 0."""
 
     slug = "exact-match"
@@ -83,7 +89,7 @@ class ExactMatch(_Referenced):
 
 
 @dataclass(eq=False)
-class TokenF1(_Referenced):
+class TokenF1(_Compared):
     """The harmonic mean of precision and recall over words, those of the answer against those of a reference.
 
     Two texts without a word are alike (1); a text without a word and one with words are not (0).
