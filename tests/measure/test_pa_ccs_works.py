@@ -3,10 +3,11 @@
 The world: "X is F ." and "X is not F .", where F alone decides which is true. A tiny Llama (2 layers, width 64) is
 taught to say true or false, and after "Yes." or "No." whether that answer was right; half of the time it says the
 subject (after Yes.) or the property (after No.) instead, for a model that says nothing but right and wrong has states
-that every direction parts (random directions: ESA 0.9). Baseline: random directions. 20 % of 64 pairs are looked at.
+that every direction parts (random directions: ESA 0.9). Baseline: random directions. Half of the 64 pairs are looked at:
+with 20 % of them, 13, the exact test behind a verdict cannot tell ESA 1.0 from an untaught model's 0.6 in each seed.
 
-Measured with 5 seeds at 600 steps: ESA 1.00 in each, random directions 0.70 to 0.76, masked 0.50 to 0.54, lost by
-masking 0.46 to 0.50. Three of them run here. Not every such world works: where right and wrong were joined with one
+Measured with 5 seeds at 600 steps, 20 % held out: ESA 1.00 in each, random directions 0.70 to 0.76, masked 0.50 to 0.54,
+lost by masking 0.46 to 0.50. Three of them run here. Not every such world works: where right and wrong were joined with one
 of three groups into one word, 1 seed of 5 had ESA 0.60 with |PC| 0.000 and CI 0.03 (a direction as consistent as the
 truth: CCS cannot choose); the guard refused it.
 """
@@ -29,7 +30,7 @@ WORDS = ["Yes.", "No.", "ttt", "right", "wrong", "true", "false"]
 
 
 def measured(lm: LM, path: Path) -> Measurement:
-    return PaCcs(PaCcsConfig(steps=400, tries=5)).measure(Subject(lm, lm.fingerprint, texts=[path]))
+    return PaCcs(PaCcsConfig(steps=400, tries=5, test=0.5)).measure(Subject(lm, lm.fingerprint, texts=[path]))
 
 
 @pytest.mark.parametrize("seed", range(3))
