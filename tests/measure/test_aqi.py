@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from trimtab.errors import UsageError
 from trimtab.lm import LM
 from trimtab.measure import geometry as g
 from trimtab.measure.aqi import AQI, AQIConfig
-from trimtab.measure.aqi_scores import around, chosen_layers, p_value
+from trimtab.measure.aqi_scores import around, chosen_layers, left_out, p_value
 from trimtab.measure.cache import Cache
 from trimtab.measure.diagnostic import Subject
 from trimtab.measure.labelled_texts import Sample
@@ -135,7 +136,8 @@ def test_a_model_against_itself_is_undecided_and_against_another_paired(tmp_path
     change = aqi.compare(one, other).change("comparable")
     draws = np.array(one.details["draws"]["overall"]) - np.array(other.details["draws"]["overall"])
     value = (one.row("comparable").value or 0) - (other.row("comparable").value or 0)
-    found = around(value, draws, one.row("comparable").n)
+    left = np.array(one.details["left"]["overall"]) - np.array(other.details["left"]["overall"])
+    found = around(value, draws, one.row("comparable").n, left=left)
     assert (change.difference, change.low, change.high) == (found.mean, found.low, found.high)
     assert any("TF-IDF" in note for note in aqi.compare(one, other).notes)
 
@@ -249,3 +251,23 @@ def test_only_what_follows_the_marker_is_pooled(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="template plain"):
         chatty = tiny_lm(tokenizer=tiny_tokenizer(chat=CHAT))
         AQI(AQIConfig(after="zz", **FEW)).measure(subject(write(tmp_path, rows), chatty))
+
+
+def test_the_wider_of_bootstrap_and_jackknife_is_taken() -> None:
+    """One text far out among twenty: without it the score is another, which resamples of 20 show too rarely."""
+    labels = np.repeat([0, 1], 10)
+    x = np.random.default_rng(0).normal(size=(20, 4)) + np.outer(labels, np.eye(4)[0] * 3)
+    x[0] *= 30
+    gram = g.gram_of(x)
+    left = left_out(gram, labels, 0.5)
+    by_hand = []
+    for text in range(20):
+        keep = np.arange(20) != text
+        scores = g.separation(g.gram_of(x[keep]), *g.classes(labels[keep]))
+        by_hand.append(float(g.comparable(scores, 0.5)[0]))
+    np.testing.assert_allclose(left, by_hand, atol=1e-9)  # the gram matrix is centred on other texts: rounding
+    jackknife = math.sqrt(19 * np.var(by_hand))
+    draws = np.linspace(-0.01, 0.01, 99)
+    found = around(0.5, draws, 20, left=left)
+    assert found.high is not None and found.high - 0.5 == pytest.approx(2.100922 * jackknife, rel=1e-6)  # t, 18 d.f.
+    assert around(0.5, draws, 20).high == pytest.approx(0.5 + 2.100922 * draws.std(ddof=1), rel=1e-6)

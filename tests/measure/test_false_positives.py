@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from trimtab.measure import embedding_scores, geometry
-from trimtab.measure.aqi_scores import _comparable, around
+from trimtab.measure.aqi_scores import _comparable, around, left_out
 from trimtab.measure.branching_factor import ratio_change
 from trimtab.measure.diagnostic import paired_change, said
 from trimtab.measure.duel import win_interval
@@ -166,10 +166,10 @@ def latent(rng: np.random.Generator) -> bool:
     labels = np.repeat([0, 1], 20)
     counts = geometry.resampled(labels.tolist(), 200, 0)
     shared = rng.normal(size=(40, 8)) + 2.0 * labels[:, None] * np.eye(8)[0]
-    sides = [
-        _comparable(geometry.gram_of(shared + rng.normal(size=(40, 8))), labels, counts, 0.5) for _ in range(2)
-    ]  # fmt: skip
-    return said(around(sides[0][0] - sides[1][0], sides[0][1] - sides[1][1], 40), "higher") != "undecided"
+    grams = [geometry.gram_of(shared + rng.normal(size=(40, 8))) for _ in range(2)]
+    sides = [_comparable(gram, labels, counts, 0.5) for gram in grams]
+    left = left_out(grams[0], labels, 0.5) - left_out(grams[1], labels, 0.5)
+    return said(around(sides[0][0] - sides[1][0], sides[0][1] - sides[1][1], 40, left=left), "higher") != "undecided"
 
 
 def judged(rng: np.random.Generator) -> bool:

@@ -8,9 +8,9 @@ The separation of the two classes of vectors (`geometry`: DBS, Dunn, XBI, CHI, e
 overall and for each axiom (category). Half of the texts, drawn within axiom and label, find the layer weights; the
 other half is reported. p is the share of permutations of the labels within axioms that part the classes as well.
 Intervals are the value +- t times the standard error over bootstrap resamples of the texts, within axiom and label;
-two models are compared on the same resamples. (A resample repeats texts, which moves the mean of the statistic but
-hardly its spread: percentiles would be off centre.) Cost: the texts forwarded once, and once more by an untrained
-model of the same shape.
+two models are compared on the same resamples, and by the delete-one jackknife where that is wider. (A resample
+repeats texts, which moves the mean of the statistic but hardly its spread: percentiles would be off centre.) Cost: the
+texts forwarded once, and once more by an untrained model of the same shape.
 
 THE IDENTITY. For two classes CHI XBI = (n - 2) n_0 n_1 / n^2 exactly: both are one number, the ratio of between-class
 to within-class scatter. The paper's combination of CHI and XBI (`chi_xbi`) therefore adds nothing to either but a
@@ -39,6 +39,7 @@ is a weak statement.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,10 +182,12 @@ class AQI(Diagnostic):
             label = _label(cell)
             a, b = first.row(label), second.row(label)
             draws = np.array(ours) - np.array(second.details["draws"][cell])
-            found = around(float(a.value or 0) - float(b.value or 0), draws, a.n)
+            left = np.array(first.details["left"][cell]) - np.array(second.details["left"][cell])
+            gap = math.nan if a.value is None or b.value is None else a.value - b.value
+            found = around(gap, draws, a.n, left=left)
             out.changes.append(
                 Change(label, a.value, b.value, found.mean, found.low, found.high, a.n, said(found, "higher"),
-                       normal_p(found, draws))
+                       normal_p(found, draws, left))
             )  # fmt: skip
             for side in (first, second):
                 words, fresh = (side.details["controls"][name][cell] for name in ("TF-IDF", "untrained"))
@@ -223,7 +226,8 @@ class AQI(Diagnostic):
             Lines("Weights of the layers", "layer", "weight", weights),
         ]
         out.details |= {
-            "draws": model.draws, "controls": {name: control.values for name, control in controls.items()},
+            "draws": model.draws, "left": model.left,
+            "controls": {name: control.values for name, control in controls.items()},
             "chance": chance, "texts": {cell: len(at) for cell, at in sample.cells.items()},
         }  # fmt: skip
 

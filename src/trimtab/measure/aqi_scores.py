@@ -35,20 +35,24 @@ RANGES = {
 
 @dataclass
 class Representation:
-    """values and draws: `comparable` of every cell, and of its resamples. curve: (layer, value, low, high) overall.
+    """values, draws, left: `comparable` of every cell, of its resamples, and without each text in turn.
+
+    curve: (layer, value, low, high) overall.
 
     gram [n, n] and x [n, D] are of the reported texts; they are not kept in a cache.
     """
 
     values: dict[str, float]
     draws: dict[str, list[float]]
+    left: dict[str, list[float]] = field(default_factory=dict)
     curve: list[Sequence[float | None]] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     gram: Array = field(default_factory=lambda: np.zeros((0, 0)))
     x: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"values": self.values, "draws": self.draws, "curve": self.curve, "weights": self.weights}
+        kept = ("values", "draws", "left", "curve", "weights")
+        return {name: getattr(self, name) for name in kept}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Representation:
@@ -104,25 +108,32 @@ def p_value(
     return float((1 + (null >= value - 1e-12).sum()) / (1 + times)), float(null.mean())
 
 
-def around(value: float, draws: npt.ArrayLike, n: int, within: tuple[float, float] = ANYWHERE) -> Interval:
+def around(
+    value: float,
+    draws: npt.ArrayLike,
+    n: int,
+    within: tuple[float, float] = ANYWHERE,
+    left: npt.ArrayLike | None = None,
+) -> Interval:
     """value +- t (n - 2 degrees of freedom) standard deviations of its resamples; undefined where they do not vary.
 
-    within: where the value can lie; the interval is cut there.
+    within: where the value can lie; the interval is cut there. left: the values without each text in turn; the jackknife's
+    deviation is taken where it is larger, for with heavy tails the bootstrap's is too small.
     """
     from scipy.stats import t
 
     if not math.isfinite(value):
         return Interval(None, None, None, n, n)
-    deviation = _deviation(draws)
+    deviation = _deviation(draws, left)
     if deviation is None:
         return Interval(value, None, None, n, n)
     half = float(t.ppf(0.5 + LEVEL / 2, n - 2)) * deviation
     return Interval(value, max(within[0], value - half), min(within[1], value + half), n, n)
 
 
-def normal_p(found: Interval, draws: npt.ArrayLike) -> float | None:
+def normal_p(found: Interval, draws: npt.ArrayLike, left: npt.ArrayLike | None = None) -> float | None:
     """Two-sided p-value of a difference whose resamples deviate like the draws; not below what so many of them can tell."""
-    deviation = _deviation(draws)
+    deviation = _deviation(draws, left)
     if deviation is None or found.mean is None:
         return None
     from scipy.stats import t
@@ -159,6 +170,7 @@ def _of_points(x: Array, config: Any, sample: Sample, counts: Array) -> Represen
     for cell, at in sample.cells.items():
         value, draws = _comparable(gram[np.ix_(at, at)], sample.shown[at], counts[:, at], config.gamma)
         out.values[cell], out.draws[cell] = value, draws.tolist()
+        out.left[cell] = left_out(gram[np.ix_(at, at)], sample.shown[at], config.gamma).tolist()
     return out
 
 
@@ -168,9 +180,19 @@ def _comparable(gram: Array, labels: Numbers, counts: Array, gamma: float) -> tu
     return float(geometry.comparable(one, gamma)[0]), geometry.comparable(many, gamma)
 
 
-def _deviation(draws: npt.ArrayLike) -> float | None:
+def left_out(gram: Array, labels: Numbers, gamma: float) -> Array:
+    """`comparable` without each of the n texts in turn, [n]."""
+    weights = 1.0 - np.eye(len(labels))
+    return geometry.comparable(geometry.separation(gram, *geometry.classes(labels, weights)), gamma)
+
+
+def _deviation(draws: npt.ArrayLike, left: npt.ArrayLike | None = None) -> float | None:
+    """Of the resamples; with values without each unit, the jackknife's where that is larger (heavy tails)."""
     values = np.asarray(draws, dtype=np.float64)
     if not np.isfinite(values).all():
         return None
     deviation = float(values.std(ddof=1))
+    if left is not None:
+        without = np.asarray(left, dtype=np.float64)
+        deviation = max(deviation, math.sqrt((len(without) - 1) * float(without.var())))
     return deviation if deviation > 1e-12 else None
