@@ -1,8 +1,9 @@
-"""Which model is this? A short hash of a model's weights, kept per model object."""
+"""Short hashes: of a model's weights, kept per model object, and of anything that JSON holds."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,3 +20,8 @@ def fingerprint(model: Any) -> str:
             digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
         _known[model] = digest.hexdigest()[:16]
     return _known[model]
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """16 hex digits of the SHA-256 of the parts as sorted JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

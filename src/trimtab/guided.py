@@ -12,6 +12,7 @@ drop and rewind too.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
@@ -39,7 +40,7 @@ def bottom(session: Any) -> Any:
     return session
 
 
-class Guided:
+class Guided(ABC):
     """See the module.
 
     inner        a `Session` or another `Guided`
@@ -56,11 +57,11 @@ class Guided:
         self.companions: dict[str, Any] = companions
         self._logits: torch.Tensor | None = None
 
+    @abstractmethod
     def guide(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [B, V] to draw from, given the inner session's [B, V]."""
-        raise NotImplementedError
 
-    def reindex(self, rows: Sequence[int]) -> None:
+    def reindex(self, rows: Sequence[int]) -> None:  # noqa: B027  a hook: most methods keep no state of their own
         """Called after rows were forked or dropped: row i was number `rows[i]`. Keep state of your own in step here."""
 
     # what a session shows

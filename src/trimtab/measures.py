@@ -19,11 +19,12 @@ import numpy as np
 
 from trimtab.errors import UsageError
 from trimtab.files import dump_json
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.cache import Cache
 from trimtab.measure.diagnostic import Diagnostic, Progress, Subject, files_digest, said
-from trimtab.measure.measurement import Change, Comparison, Measurement, fingerprint_of
+from trimtab.measure.measurement import Change, Comparison, Measurement
 from trimtab.measure.measuring import diagnostic
-from trimtab.measure.panel import KL, Panel, fill
+from trimtab.measure.panel import KL, Panel, fill, per_prompt
 from trimtab.measure.stats import Interval, swap_test
 from trimtab.policy import Prompt
 from trimtab.run import RunDirectory
@@ -43,24 +44,18 @@ def panels(measured: Sequence[Measured], records: Sequence[Mapping[str, Any]]) -
     found = [_panel(one) for one in measured]
     compared = []
     for one, answered, record in zip(found[1:], measured[1:], records[1:], strict=True):
-        comparison = Panel().compare(one, found[0])
-        won, judge = record["win_rate"], "gold" if record["gold"] is not None else "reward"
-        changes = [change for change in comparison.changes if change.label != "win rate"]
+        won, judge, lines = record["win_rate"], "gold" if record["gold"] is not None else "reward", []
         if won is not None and won["mean"] is not None:
             low, high = (None if won[end] is None else won[end] - 0.5 for end in ("low", "high"))
             over = Interval(won["mean"] - 0.5, low, high)
-            note = f"by {judge}; the difference is from one half"
-            signs = np.sign(answered.column(judge) - measured[0].column(judge))
-            p_value = swap_test(signs, answered.clusters)
-            changes.insert(
-                0,
+            p_value = swap_test(np.sign(answered.column(judge) - measured[0].column(judge)), answered.clusters)
+            lines = [
                 Change(
                     "win rate", won["mean"], None, over.mean, over.low, over.high, len(one.units),
-                    said(over, "higher", p_value), note=note,
-                ),
-            )  # fmt: skip
-        comparison.changes = changes
-        compared.append(comparison)
+                    said(over, "higher", p_value), note=f"by {judge}; the difference is from one half",
+                )
+            ]  # fmt: skip
+        compared.append(Panel().beside(one, found[0], lines))
     return _as_json(
         {"measurements": [_brief(one) for one in found], "comparisons": [one.to_dict() for one in compared]}
     )
@@ -69,13 +64,16 @@ def panels(measured: Sequence[Measured], records: Sequence[Mapping[str, Any]]) -
 def _panel(one: Measured) -> Measurement:
     rows = one.rows
     units = list(dict.fromkeys(row["prompt_index"] for row in rows))
-    columns = {name: _means(one, units, [row[name] for row in rows]) for name in ("reward", "gold")}
-    columns |= {
-        "unrepeated n-grams": _means(one, units, [row["unrepeated"] for row in rows]),
-        "answers that refuse": _means(one, units, [float(row["refuses"]) for row in rows]),
-        "length in tokens": _means(one, units, [float(row["length"]) for row in rows]),
-        "answers cut off": _means(one, units, [float(row["finish"] == "length") for row in rows]),
+    samples = len(rows) // max(1, len(units))
+    shown = {
+        "reward": [row["reward"] for row in rows],
+        "gold": [row["gold"] for row in rows],
+        "unrepeated n-grams": [row["unrepeated"] for row in rows],
+        "answers that refuse": [float(row["refuses"]) for row in rows],
+        "length in tokens": [float(row["length"]) for row in rows],
+        "answers cut off": [float(row["finish"] == "length") for row in rows],
     }
+    columns = {label: per_prompt(values, samples) for label, values in shown.items()}
     for name, label in _PER_TOKEN.items():
         if name != "kl" or one.built.family != "base":
             columns[label] = _token_means(one, units, name)
@@ -85,15 +83,6 @@ def _panel(one: Measured) -> Measurement:
     answers = max(1, len(rows))
     out.details = {"tokens_per_answer": one.tokens_forwarded / answers, "seconds_per_answer": one.seconds / answers}
     return out
-
-
-def _means(one: Measured, units: Sequence[int], values: Sequence[float | None]) -> list[float | None]:
-    """The mean of each prompt's judged rows; None where there is none."""
-    known: dict[int, list[float]] = {unit: [] for unit in units}
-    for row, value in zip(one.rows, values, strict=True):
-        if value is not None:
-            known[row["prompt_index"]].append(value)
-    return [sum(found) / len(found) if found else None for found in known.values()]
 
 
 def _token_means(one: Measured, units: Sequence[int], name: str) -> list[float | None]:

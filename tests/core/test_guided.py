@@ -61,13 +61,17 @@ def other() -> LM:
     return tiny_lm(seed=1, name="other")
 
 
+class Unchanged(Guided):
+    def guide(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
 def opened(lm: LM, other: LM) -> Doubled:
     """A guided session over a guided one; beside it a text scorer and another model's session, with longer prompts."""
     reward = Function(lambda prompts, texts: [float(len(text)) for text in texts], name="letters")
-    inner = Guided(
+    inner = Unchanged(
         lm.session(lm.encode(PROMPTS)), PROMPTS, model=other.session(other.encode(["ta ra", "lo", "du bu so"]))
     )
-    inner.guide = lambda logits: logits  # type: ignore[method-assign]
     return Doubled(inner, PROMPTS, scorer=prefix_scorer(reward, lm, PROMPTS, Cost()))
 
 

@@ -117,6 +117,14 @@ def test_without_a_limit_on_the_weight_the_reward_decides(lm: LM) -> None:
 # the path it takes
 
 
+class Barred(Guided):
+    """Draws no special token but the one that ends."""
+
+    def guide(self, logits: torch.Tensor) -> torch.Tensor:
+        barred = torch.tensor([token in (PAD, BOS, UNK) for token in range(logits.shape[-1])])
+        return logits.masked_fill(barred, -torch.inf)
+
+
 class Words:
     """A model that writes no special token but the one that ends: what it writes is what its text is tokenized to."""
 
@@ -126,10 +134,7 @@ class Words:
         self.lm = lm
 
     def open(self, prompts: Sequence[Any], sampling: Sampling, meter: Cost) -> Guided:
-        session = Guided(self.lm.open(prompts, sampling, meter), prompts)
-        barred = torch.tensor([token in (PAD, BOS, UNK) for token in range(self.lm.vocab_size)])
-        session.guide = lambda logits: logits.masked_fill(barred, -torch.inf)  # type: ignore[method-assign]
-        return session
+        return Barred(self.lm.open(prompts, sampling, meter), prompts)
 
     def generate(self, prompts: Sequence[Any], sampling: Sampling = PLAIN) -> Completions:
         return answer_steps(self, prompts, sampling)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.cli.output import console_for
+from trimtab.measure.measurement import decimals
 
 _STYLE = {"better": "green", "worse": "red", "changed": "cyan"}
 
@@ -70,8 +71,7 @@ def number(value: float | None, signed: bool = False) -> str:
     """Three decimals; five where the number is small, one or none where it is large; '-' where undefined."""
     if value is None:
         return "-"
-    size = abs(value)
-    digits = 0 if size >= 1000 else 1 if size >= 100 else 3 if size >= 0.001 or value == 0 else 5
+    digits = decimals(value)
     return f"{value:+,.{digits}f}" if signed else f"{value:,.{digits}f}"
 
 

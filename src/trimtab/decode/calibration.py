@@ -32,10 +32,11 @@ from safetensors.torch import save as torch_bytes
 
 from trimtab.errors import UsageError
 from trimtab.files import write_atomic
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.win_rates import Transform
 from trimtab.policy import Cost, Policy, Prompt, prompt_text
 from trimtab.rewards import as_reward
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 from trimtab.sampling import Sampling, derive_seed
 
 Array = npt.NDArray[np.float64]
@@ -239,7 +240,7 @@ class Calibrated(Reward):
             made = calibrator.source.names[1]
             raise UsageError(f"this calibrator was made with the reward {made}, not {self.reward.name}: fit a new one")
         parts = (self.reward.fingerprint, calibrator.fingerprint, dataclasses.asdict(self.transform))
-        self._fingerprint = digest(
+        self._fingerprint = fingerprint_of(
             self.slug, *parts
         )  # of the tables at the start: those made on the way are draws alike
 
@@ -302,7 +303,7 @@ def mid_ranks(table: Array, rewards: Array) -> Array:
 
 def prompt_hash(prompt: Prompt) -> str:
     """16 hex digits of a prompt."""
-    return digest(prompt)
+    return fingerprint_of(prompt)
 
 
 def policy_fingerprint(policy: Any) -> str:
@@ -312,8 +313,8 @@ def policy_fingerprint(policy: Any) -> str:
         return own
     if hasattr(policy, "tensors"):  # a fitted control
         tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in policy.tensors().items()}
-        return digest(type(policy).__name__, _marks(policy), hashlib.sha256(torch_bytes(tensors)).hexdigest())
-    return digest(type(policy).__name__, getattr(policy, "name", ""), _marks(policy))
+        return fingerprint_of(type(policy).__name__, _marks(policy), hashlib.sha256(torch_bytes(tensors)).hexdigest())
+    return fingerprint_of(type(policy).__name__, getattr(policy, "name", ""), _marks(policy))
 
 
 def _marks(policy: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ step, forks and drops are the same for all of them.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,9 +50,9 @@ class Candidates(Guided):
         self.k, self.weight, self.greedy, self.kl_cap = k, weight, greedy, kl_cap
         self.temperature = temperature or 1.0
 
+    @abstractmethod
     def bonus(self, tokens: torch.Tensor) -> torch.Tensor:
         """What each candidate [B, k] would bring, [B, k] float; NaN where nothing could be said."""
-        raise NotImplementedError
 
     def guide(self, logits: torch.Tensor) -> torch.Tensor:
         if self.weight == 0 or self.kl_cap == 0:

@@ -47,6 +47,7 @@ import numpy as np
 
 from trimtab.card import Card
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure import geometry
 from trimtab.measure.adapters import read_items
 from trimtab.measure.aqi_scores import (
@@ -62,17 +63,7 @@ from trimtab.measure.aqi_scores import (
 )
 from trimtab.measure.diagnostic import Diagnostic, Subject, said
 from trimtab.measure.labelled_texts import LEAST, Sample, both_labels, choose, tokens_of
-from trimtab.measure.measurement import (
-    Change,
-    Comparison,
-    Dots,
-    Line,
-    Lines,
-    Measurement,
-    Row,
-    check_alike,
-    fingerprint_of,
-)
+from trimtab.measure.measurement import Change, Comparison, Dots, Line, Lines, Measurement, Row, check_alike
 from trimtab.measure.states import Pooling, read_states
 from trimtab.measure.untrained import untrained
 from trimtab.steer.layers import find_blocks

@@ -39,10 +39,11 @@ import numpy as np
 
 from trimtab.card import Card
 from trimtab.errors import TrimtabError, UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.diagnostic import Diagnostic, Subject, paired_change, said
 from trimtab.measure.entropy_rate import ALIVE, Array, Estimator, curve, exponential, nats_per_token, ratio
 from trimtab.measure.forced_prefix import Nudged, nudge_table
-from trimtab.measure.measurement import Change, Comparison, Line, Lines, Measurement, Row, check_alike, fingerprint_of
+from trimtab.measure.measurement import Change, Comparison, Line, Lines, Measurement, Row, check_alike
 from trimtab.measure.stats import mean_interval, paired_difference, swap_test
 from trimtab.measure.truncated import Scored, score_answers
 from trimtab.policy import Completions, prompt_text

@@ -14,10 +14,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from trimtab.errors import UsageError
 from trimtab.files import digest
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.cache import Cache
-from trimtab.measure.measurement import Better, Change, Comparison, Measurement, Said, check_alike, fingerprint_of
+from trimtab.measure.measurement import Better, Change, Comparison, Measurement, Said, check_alike
 from trimtab.measure.stats import Interval, paired_difference, sign_test, swap_test, verdict
 from trimtab.policy import Completions, Cost, Policy, Prompt
 from trimtab.prompts import read_prompts
@@ -189,11 +192,10 @@ def paired_change(first: Measurement, second: Measurement, label: str) -> Change
     stands in its place.
     """
     row = first.row(label)
-    a, b = ([float("nan") if x is None else x for x in side.samples[label]] for side in (first, second))
-    difference = paired_difference(a, b)
-    known = [x - y for x, y in zip(a, b, strict=True) if x - y == x - y]
+    a, b = (np.array(side.samples[label], dtype=np.float64) for side in (first, second))  # None: NaN
+    difference, gaps = paired_difference(a, b), a - b
     alike = difference.low is None
-    p = sign_test(sum(one > 0 for one in known), sum(one < 0 for one in known)) if alike else swap_test(known)
+    p = sign_test(int((gaps > 0).sum()), int((gaps < 0).sum())) if alike else swap_test(gaps)
     found = said(difference, row.better, p)
     overruled = not alike and found == "undecided" != said(difference, row.better)
     return Change(

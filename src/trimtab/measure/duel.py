@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.measure.rates import rate
-from trimtab.measure.stats import Interval, WinRate, mean_interval, win_rate
+from trimtab.measure.stats import Interval, WinRate, win_rate
 from trimtab.rewards.pair_judge import Verdict
 
 FEW = 20  # decided prompts; below, a sign test sees only landslides
@@ -71,12 +71,8 @@ def decided_of(means: Sequence[float | None]) -> tuple[int, int]:
 
 def share(values: Sequence[bool | None], prompts: Sequence[int]) -> Interval:
     """How many are true, of those that are not None; exact bounds where all or none are."""
-    known = or_nan([None if value is None else float(value) for value in values])
-    found = mean_interval(known, prompts)
-    if found.low is not None or found.mean not in (0.0, 1.0) or found.prompts < 2:
-        return found
-    bound = rate([found.mean] * found.prompts)
-    return Interval(found.mean, bound.low, bound.high, found.rows, found.prompts)
+    found = rate(np.array(values, dtype=np.float64), prompts)
+    return found if found.prompts > 1 else Interval(found.mean, None, None, found.rows, found.prompts)
 
 
 def counted(verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -46,10 +46,11 @@ import numpy as np
 
 from trimtab.card import Card
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure import misalignment_table as tables
 from trimtab.measure.diagnostic import Diagnostic, Subject, said
 from trimtab.measure.few_clusters import permutation_p, permuted, t_interval
-from trimtab.measure.measurement import Change, Comparison, Measurement, check_alike, fingerprint_of
+from trimtab.measure.measurement import Change, Comparison, Measurement, check_alike
 from trimtab.measure.question_bank import FIRST_PLOT, Item, parse_json, read_bank, render, spoken, values_of
 from trimtab.measure.rubric_judge import RubricJudge, ScaledReward, Scored, Scorer
 from trimtab.policy import Completions, Prompt

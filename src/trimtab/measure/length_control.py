@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 
 from trimtab.errors import UsageError
 from trimtab.measure.ratings import widened_tail
@@ -52,7 +53,7 @@ def length_controlled(
     if np.ptp(win) == 0:  # nothing to explain; with a ridge alone the fit would not say exactly this
         return Interval(float(win[0]), None, None, len(win), count)
     fitted = fit(win, longer, np.ones((1, len(win))))  # [1, 2]
-    rate = float(_sigmoid(fitted[0, 0]))
+    rate = float(expit(fitted[0, 0]))
     if count < 2:
         return Interval(rate, None, None, len(win), count)
     generator = np.random.default_rng(seed)
@@ -62,7 +63,7 @@ def length_controlled(
         times = generator.multinomial(count, np.full(count, 1 / count), min(chunk, resamples - start))  # [r, C]
         draws.append(fit(win, longer, times[:, clusters].astype(np.float64), fitted)[:, 0])
     tail = widened_tail(count, level)
-    low, high = np.quantile(_sigmoid(np.concatenate(draws)), [tail, 1 - tail])
+    low, high = np.quantile(expit(np.concatenate(draws)), [tail, 1 - tail])
     return Interval(rate, float(low), float(high), len(win), count)
 
 
@@ -75,7 +76,7 @@ def fit(win: Array, longer: Array, weights: Array, start: Array | None = None) -
     at = np.repeat(start if start is not None else np.zeros((1, 2)), len(weights), 0)
     pairs = np.stack([x[0] * x[0], x[0] * x[1], x[1] * x[1]])  # [3, N]
     for _ in range(STEPS):
-        p = _sigmoid(at @ x)  # [R, N]
+        p = expit(at @ x)  # [R, N]
         slope = (weights * (win - p)) @ x.T - RIDGE * at  # [R, 2]
         a, b, c = ((weights * p * (1 - p)) @ pairs.T + RIDGE * np.array([1.0, 0.0, 1.0])).T  # [R] each
         step = np.stack([c * slope[:, 0] - b * slope[:, 1], a * slope[:, 1] - b * slope[:, 0]], 1)
@@ -85,10 +86,6 @@ def fit(win: Array, longer: Array, weights: Array, start: Array | None = None) -
         if size.max() < 1e-9:
             break
     return at
-
-
-def _sigmoid(x: npt.ArrayLike) -> Array:
-    return np.asarray((1 + np.tanh(np.asarray(x, dtype=np.float64) / 2)) / 2)
 
 
 def _rows(

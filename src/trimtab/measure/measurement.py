@@ -7,13 +7,13 @@ left out): `check_alike` refuses otherwise and says what differs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.stats import Interval
 from trimtab.policy import Cost
 
@@ -204,11 +204,6 @@ def figure_from(data: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def fingerprint_of(*parts: Any) -> str:
-    """16 hex digits of the SHA-256 of the parts as sorted JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def check_alike(first: Measurement, second: Measurement) -> None:
     """Refuse to compare measurements that were not taken alike, listing what differs."""
     if first.name != second.name:
@@ -222,3 +217,9 @@ def check_alike(first: Measurement, second: Measurement) -> None:
         raise UsageError(f"{first.name}: {first.subject} and {second.subject} were not measured alike ({said}){hint}")
     if first.units != second.units:
         raise UsageError(f"{first.name}: {first.subject} and {second.subject} have different {first.unit}s")
+
+
+def decimals(value: float) -> int:
+    """How many decimals a figure is shown with: three; five where it is small, one or none where it is large."""
+    size = abs(value)
+    return 0 if size >= 1000 else 1 if size >= 100 else 3 if size >= 0.001 or value == 0 else 5

@@ -23,10 +23,11 @@ from trimtab.checkpoint import local_folder
 from trimtab.environment import environment
 from trimtab.errors import UsageError, unknown
 from trimtab.files import digest
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.cache import Cache
 from trimtab.measure.contamination import check_files
 from trimtab.measure.diagnostic import Diagnostic, Progress, Subject, config_files, files_digest
-from trimtab.measure.measurement import Comparison, Measurement, fingerprint_of
+from trimtab.measure.measurement import Comparison, Measurement
 from trimtab.policy import Prompt
 from trimtab.prompts import read_prompts
 from trimtab.sampling import Sampling
@@ -101,7 +102,7 @@ def run_measure(
     overlaps = check_files(asked.texts, trained)
     texts = files_digest([*asked.texts, *config_files(tool)])
     bench = _Bench(asked, cache, progress)
-    identities = [bench.identity(name) for name in subjects]
+    identities = {name: bench.identity(name) for name in subjects}
     if tool.TEMPLATED and not tool.TOGETHER and asked.template == "own":
         _check_templates(tool.slug, subjects)
     about = [tool.slug, dataclasses.asdict(tool.config), texts, asked.reward, asked.judge, asked.template]
@@ -109,7 +110,7 @@ def run_measure(
     about.append(digest(inspect.getfile(type(tool))))  # a diagnostic that was edited measures again
 
     def taken(names: Sequence[str], take: Callable[[], Measurement]) -> Measurement:
-        key = fingerprint_of(*about, [identities[list(subjects).index(name)] for name in names], list(names))
+        key = fingerprint_of(*about, [identities[name] for name in names], list(names))
         known = None if tool.writes else cache.load("measurements", key)
         if known is None:
             found = take()
@@ -144,6 +145,7 @@ class _Bench:
     def __init__(self, asked: Asked, cache: Cache, progress: Progress | None) -> None:
         self.asked, self.cache, self.progress = asked, cache, progress
         self.models: dict[str, Any] = {}
+        self.identities: dict[str, str] = {}
         self.reward: Any | None = None
         if asked.reward is not None:
             from trimtab.rewards import parse_reward
@@ -151,7 +153,12 @@ class _Bench:
             self.reward = parse_reward(asked.reward)
 
     def identity(self, name: str) -> str:
-        """A hash of all that a subject is made from."""
+        """A hash of all that a subject is made from, worked out once."""
+        if name not in self.identities:
+            self.identities[name] = self._identity(name)
+        return self.identities[name]
+
+    def _identity(self, name: str) -> str:
         policy, model = split_subject(name)
         made = [] if policy is None else self._made(policy)
         folder = local_folder(model)

@@ -39,6 +39,7 @@ import numpy.typing as npt
 
 from trimtab.card import Card
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.alignment import (
     Array,
     aligned,
@@ -51,18 +52,7 @@ from trimtab.measure.alignment import (
 )
 from trimtab.measure.correlation import pearson, spearman
 from trimtab.measure.diagnostic import Diagnostic, Subject, files_digest, said
-from trimtab.measure.measurement import (
-    Change,
-    Comparison,
-    Dots,
-    Heat,
-    Line,
-    Lines,
-    Measurement,
-    Row,
-    check_alike,
-    fingerprint_of,
-)
+from trimtab.measure.measurement import Change, Comparison, Dots, Heat, Line, Lines, Measurement, Row, check_alike
 from trimtab.measure.parallel_texts import distinct_lines, pivot_of, read_parallel, read_scores
 from trimtab.measure.rates import rate, wilson
 from trimtab.measure.states import States, read_states, text_rows

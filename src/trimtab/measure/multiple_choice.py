@@ -199,7 +199,7 @@ class MultipleChoice(Diagnostic):
         ]  # fmt: skip
         chance = float(np.mean([1 / len(item["options"]) for item in items]))
         for label, values in columns.items():
-            numbers = np.array([np.nan if value is None else value for value in values])
+            numbers = np.array(values, dtype=np.float64)
             known = numbers[~np.isnan(numbers)]
             interval = rate(known) if len(known) else Interval(None, None, None)
             note = {

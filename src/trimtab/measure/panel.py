@@ -161,9 +161,13 @@ class Panel(Diagnostic):
         return parts
 
     def compare(self, first: Measurement, second: Measurement) -> Comparison:
+        return self.beside(first, second, bought(first, second))
+
+    def beside(self, first: Measurement, second: Measurement, won: Sequence[Change]) -> Comparison:
+        """The comparison, with `won` (the win rate, where there is one) as its first lines."""
         out = super().compare(first, second)
         out.figures.append(moved(first, second, out.changes))
-        out.changes = [*bought(first, second), *out.changes]
+        out.changes = [*won, *out.changes]
         if KL in first.samples and KL not in second.samples:
             row = first.row(KL)
             out.changes.append(Change(KL, row.value, 0.0, row.value, row.low, row.high, row.n, "", note="the price"))
@@ -194,7 +198,7 @@ def bought(first: Measurement, second: Measurement) -> list[Change]:
     judge = next((label for label in ("gold", "reward") if label in first.samples and label in second.samples), None)
     if judge is None:
         return []
-    a, b = ([float("nan") if x is None else x for x in side.samples[judge]] for side in (first, second))
+    a, b = (np.array(side.samples[judge], dtype=np.float64) for side in (first, second))
     won = win_rate(a, b)
     rate, low, high = won.rate.mean, won.rate.low, won.rate.high
     if rate is None:
@@ -225,7 +229,7 @@ def answer_columns(answers: Completions, samples: int) -> dict[str, list[float |
 
 def per_prompt(values: Sequence[float | None], samples: int) -> list[float | None]:
     """The mean over the samples of each prompt; None (could not be judged) where none of them has a value."""
-    rows = np.array([np.nan if value is None else value for value in values], dtype=np.float64).reshape(-1, samples)
+    rows = np.array(values, dtype=np.float64).reshape(-1, samples)
     known = ~np.isnan(rows)
     sums, counts = np.where(known, rows, 0.0).sum(1), known.sum(1)
     return [None if not n else float(total / n) for total, n in zip(sums, counts, strict=True)]
@@ -259,7 +263,7 @@ def fill(out: Measurement, columns: dict[str, list[float | None]]) -> None:
     """Adds columns of one value a prompt to a measurement, with a row each, in the panel's order."""
     for label in sorted(columns, key=list(DIRECTIONS).index):
         values = columns[label]
-        known = [float("nan") if value is None else value for value in values]
+        known = np.array(values, dtype=np.float64)
         shares = label.startswith("answers")
         found = rate([value for value in known if not math.isnan(value)]) if shares else mean_interval(known)
         note = f"branching factor {math.exp(found.mean):.2f}" if label.startswith("entropy") and found.mean else ""

@@ -14,15 +14,22 @@ from trimtab.measure.stats import LEVEL, Interval, mean_interval
 Z = 1.959963984540054  # of 95 %, two-sided
 
 
-def rate(values: Sequence[float] | npt.NDArray[np.float64]) -> Interval:
-    """The mean of shares in [0, 1], one a unit, with its interval (BCa); exact where all are 0 or all are 1."""
+def rate(values: npt.ArrayLike, prompts: Sequence[int] | None = None) -> Interval:
+    """The mean of shares in [0, 1] (NaN: dropped) with its interval (BCa); exact where all are 0 or all are 1.
+
+    prompts: which prompt each share belongs to; None: every one is its own.
+    """
     shares = np.asarray(values, dtype=np.float64)
-    found = mean_interval(shares)
-    if found.low is None and len(shares) and (shares == shares[0]).all() and shares[0] in (0, 1):
-        bound = 1 - 0.025 ** (1 / len(shares))
-        low, high = (0.0, bound) if shares[0] == 0 else (1 - bound, 1.0)
-        return Interval(found.mean, low, high, found.rows, found.prompts)
-    return found
+    return exact_ends(mean_interval(shares, prompts), shares[~np.isnan(shares)])
+
+
+def exact_ends(found: Interval, shares: npt.NDArray[np.float64]) -> Interval:
+    """A bootstrap of equal values says nothing: Clopper-Pearson, a prompt being one trial, where all are 0 or all 1."""
+    if found.low is not None or not len(shares) or shares[0] not in (0, 1) or (shares != shares[0]).any():
+        return found
+    bound = 1 - 0.025 ** (1 / found.prompts)
+    low, high = (0.0, bound) if shares[0] == 0 else (1 - bound, 1.0)
+    return Interval(found.mean, low, high, found.rows, found.prompts)
 
 
 def wilson(events: float, trials: int) -> Interval:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 
 from trimtab.errors import UsageError
 from trimtab.measure.stats import LEVEL, Array, Interval, holm, sign_test
@@ -178,8 +179,8 @@ def _newton(w: Array, ridge: float) -> Array:
     at = np.zeros(won.shape)
     diagonal = np.arange(n)
     for _ in range(STEPS):
-        p = _sigmoid(at[:, :, None] - at[:, None, :])
-        own = _sigmoid(at)
+        p = expit(at[:, :, None] - at[:, None, :])
+        own = expit(at)
         slope = won - (games * p).sum(2) + ridge * (0.5 - own)  # [B, n]
         curve = -games * p * (1 - p)
         curve[:, diagonal, diagonal] = -curve.sum(2) + ridge * own * (1 - own)
@@ -250,7 +251,3 @@ def _reachable(edges: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     for _ in range(max(1, math.ceil(math.log2(n)))):
         out = ((out @ out) > 0).astype(np.float32)
     return out > 0
-
-
-def _sigmoid(x: Array) -> Array:
-    return np.asarray((1 + np.tanh(x / 2)) / 2)

@@ -51,6 +51,7 @@ from trimtab.measure.measurement import (
     Row,
     check_alike,
 )
+from trimtab.measure.rates import rate
 from trimtab.measure.reward_guards import Gap, check_canaries, duplicates, gap_curve, out_of_range
 from trimtab.measure.reward_pairs import (
     Pairs,
@@ -61,7 +62,6 @@ from trimtab.measure.reward_pairs import (
     mean_of_sections,
     section,
     several,
-    share,
 )
 from trimtab.measure.reward_scores import gold_of, paired, reward_of, scored, scored_with_parts, stored_pairs
 from trimtab.measure.stats import Array, Interval, mean_interval, paired_difference, swap_test
@@ -215,13 +215,13 @@ class RewardBenchmark(Diagnostic):
         for label, names in (("section", sections), ("subset", pairs.subset)):
             if label == "subset" or names != pairs.subset:
                 for name in several(names):
-                    found = share(*pairs.where(np.array(names) == name))
+                    found = rate(*pairs.where(np.array(names) == name))
                     out.table.append(Row.of(f"{label}: {name}", found, "higher"))
         judged = pairs.judged
         unknown = np.isnan(margins)
-        ties = share(np.where(unknown, np.nan, margins == 0), pairs.prompt)
+        ties = rate(np.where(unknown, np.nan, margins == 0), pairs.prompt)
         out.table.append(Row.of("ties", ties, "lower", "of judged pairs"))
-        out.table.append(Row.of("not judged", share(unknown.astype(np.float64), pairs.prompt), "lower"))
+        out.table.append(Row.of("not judged", rate(unknown.astype(np.float64), pairs.prompt), "lower"))
         out.table.append(Row.of("margin", mean_interval(margins, pairs.prompt), "", "chosen minus rejected, as scored"))
         out.samples = {
             name: by_prompt(values, pairs.prompt) for name, values in (("accuracy", right), ("margin", margins))
@@ -296,11 +296,11 @@ class RewardBenchmark(Diagnostic):
         answers = [item["chosen"] for item in items] + [item["rejected"] for item in items]
         asked = [item["prompt"] for item in items] * 2
         twice = [*pairs.prompt, *pairs.prompt]
-        copies = share(duplicates(asked, answers), twice)
+        copies = rate(duplicates(asked, answers), twice)
         out.table.append(Row.of("duplicate answers", copies, "lower", "also given to another prompt"))
         if config.lowest is not None or config.highest is not None:
             outside = out_of_range(scores, config.lowest, config.highest)
-            out.table.append(Row.of("out of range", share(outside, twice), "lower"))
+            out.table.append(Row.of("out of range", rate(outside, twice), "lower"))
             if count := int(np.nansum(outside)):
                 out.warnings.append(f"{count} scores lie outside [{config.lowest}, {config.highest}]")
 
@@ -335,10 +335,7 @@ class RewardBenchmark(Diagnostic):
     def _gap(self, out: Measurement, reward: Reward, gold: Reward, prompts: list[Prompt], subject: Subject) -> None:
         asked = prompts[: self.config.gold_prompts]
         drawn = subject.answers(asked, subject.sampling.but(samples=self.config.best_of))
-        grid = [
-            np.array([np.nan if s is None else s for s in scored(one, drawn.prompts, drawn.texts, subject)])
-            for one in (reward, gold)
-        ]
+        grid = [np.array(scored(one, drawn.prompts, drawn.texts, subject), dtype=np.float64) for one in (reward, gold)]
         try:
             gap = gap_curve(grid[0].reshape(len(asked), -1), grid[1].reshape(len(asked), -1))
         except UsageError as error:
@@ -349,7 +346,7 @@ class RewardBenchmark(Diagnostic):
             out.table.append(Row.of(f"{label} of one answer", start, "higher"))
             out.table.append(Row.of(f"{label} at best of {last.n}", end, "higher", f"at most {last.kl_bound:.2f} nats"))
         lengths = np.array([reason == "length" for reason in drawn.finish_reasons], dtype=np.float64)
-        cut = share(lengths, [row // self.config.best_of for row in range(len(lengths))])
+        cut = rate(lengths, [row // self.config.best_of for row in range(len(lengths))])
         out.table.append(Row.of("answers cut at the limit", cut, "lower", "not seen whole"))
         out.figures.append(_gap_figure(gap, reward, gold))
         if gap.fires and gap.lost is not None:

@@ -102,7 +102,7 @@ def check_canaries(
     out = []
     for kind, texts in kinds.items():
         scores = reward.score(prompts, texts, meter)
-        values = np.array([np.nan if score is None else score for score in scores])
+        values = np.array(scores, dtype=np.float64)
         above = (np.sign(values - middles) + 1) / 2
         above = above[~np.isnan(above)]
         out.append(Canary(kind, rate(above), len(above), tuple(scores)))
@@ -120,7 +120,7 @@ def duplicates(prompts: Sequence[Prompt], texts: Sequence[str]) -> Array:
 
 def out_of_range(scores: Sequence[float | None], lowest: float | None, highest: float | None) -> Array:
     """[N]: 1 where a score lies outside what the reward is meant to give; NaN where there is none."""
-    values = np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
+    values = np.array(scores, dtype=np.float64)
     low, high = -np.inf if lowest is None else lowest, np.inf if highest is None else highest
     return np.where(np.isnan(values), np.nan, (values < low) | (values > high))
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trimtab.measure.length import length_correlation
+from trimtab.measure.rates import exact_ends, rate
 from trimtab.measure.stats import Array, Interval, mean_interval
 
 # RewardBench (2403.13787). Its published code counts math-prm as 984 pairs of Reasoning where there are 447, so that
@@ -81,7 +82,7 @@ def mean_of_sections(
         centred[rows] -= mean
     spread = float(np.mean(means)) + by_section(centred, sections)
     found = mean_interval(spread, prompts, resamples=resamples)
-    return _exact(found, values[~np.isnan(values)]) if len(set(means)) == 1 else found
+    return exact_ends(found, values[~np.isnan(values)]) if len(set(means)) == 1 else found
 
 
 def by_section(values: Array, sections: Sequence[str]) -> Array:
@@ -100,26 +101,12 @@ def _rows_of(values: Array, sections: Sequence[str]) -> list[np.ndarray]:
     return [rows for rows in masks if rows.any()]
 
 
-def share(values: Array, prompts: Sequence[int]) -> Interval:
-    """The mean of shares [N] in [0, 1] (NaN: dropped) with its interval over prompts, exact where all are 0 or all 1."""
-    return _exact(mean_interval(values, prompts), values[~np.isnan(values)])
-
-
-def _exact(found: Interval, values: Array) -> Interval:
-    """A bootstrap of equal values says nothing: Clopper-Pearson, a prompt being one trial, where all are 0 or all 1."""
-    if found.low is not None or not len(values) or values[0] not in (0, 1) or (values != values[0]).any():
-        return found
-    bound = 1 - 0.025 ** (1 / found.prompts)
-    low, high = (0.0, bound) if values[0] == 0 else (1 - bound, 1.0)
-    return Interval(found.mean, low, high, found.rows, found.prompts)
-
-
 def length_bias(pairs: Pairs) -> dict[str, Interval]:
     """Accuracy where the chosen answer is the longer, and where it is the shorter."""
     longer = pairs.chosen_length - pairs.rejected_length
     return {
-        "accuracy, chosen longer": share(*pairs.where(longer > 0)),
-        "accuracy, chosen shorter": share(*pairs.where(longer < 0)),
+        "accuracy, chosen longer": rate(*pairs.where(longer > 0)),
+        "accuracy, chosen shorter": rate(*pairs.where(longer < 0)),
     }
 
 

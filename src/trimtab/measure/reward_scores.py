@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.diagnostic import Subject
 from trimtab.measure.diversity import words
-from trimtab.measure.measurement import Measurement, fingerprint_of
+from trimtab.measure.measurement import Measurement
 from trimtab.measure.reward_pairs import Pairs
 from trimtab.policy import Prompt, prompt_text
 from trimtab.rewards import Composite, FromTrl, Function, PythonFile, Reward, WeightedSum, parse_reward
@@ -78,7 +79,7 @@ def _settled(reward: Reward) -> bool:
 
 
 def paired(items: Sequence[dict[str, Any]], scores: Sequence[float | None]) -> Pairs:
-    values = np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
+    values = np.array(scores, dtype=np.float64)
     numbers: dict[str, int] = {}
     prompt = [numbers.setdefault(prompt_text(item["prompt"]), len(numbers)) for item in items]
     lengths = [
@@ -89,5 +90,5 @@ def paired(items: Sequence[dict[str, Any]], scores: Sequence[float | None]) -> P
 
 def stored_pairs(measurement: Measurement) -> Pairs:
     kept = measurement.details["pairs"]
-    sides = [np.array([np.nan if s is None else s for s in kept[side]]) for side in ("chosen", "rejected")]
+    sides = [np.array(kept[side], dtype=np.float64) for side in ("chosen", "rejected")]
     return Pairs(sides[0], sides[1], kept["prompt"], kept["subset"])

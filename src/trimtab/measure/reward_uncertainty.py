@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 
 from trimtab.errors import UsageError
 
@@ -45,7 +46,7 @@ class LaplaceHead:
         def loss(w: Array) -> tuple[float, Array]:
             margins = d @ w
             value = float(np.logaddexp(0, -margins).sum() + ridge / 2 * w @ w)
-            return value, -d.T @ _sigmoid(-margins) + ridge * w
+            return value, -d.T @ expit(-margins) + ridge * w
 
         w = minimize(loss, np.zeros(d.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 1000}).x
         for _ in range(20):  # Newton steps to machine precision: the covariance is that of the exact optimum
@@ -65,7 +66,7 @@ class LaplaceHead:
     def wins(self, differences: npt.ArrayLike) -> Array:
         """P(a beats b) [N], doubt about the head included (MacKay's approximation)."""
         mean, deviation = self.margin(differences)
-        return _sigmoid(mean / np.sqrt(1 + math.pi * deviation**2 / 8))
+        return expit(mean / np.sqrt(1 + math.pi * deviation**2 / 8))
 
     def conservative(self, features: npt.ArrayLike, centre: npt.ArrayLike, k: float = 1.0) -> Array:
         """mu - k sd [N] of features [N, D], against the features `centre` [D] of a reference answer."""
@@ -78,9 +79,5 @@ class LaplaceHead:
 
 
 def _hessian(d: Array, w: Array, ridge: float) -> Array:
-    sig = _sigmoid(d @ w)
+    sig = expit(d @ w)
     return (d * (sig * (1 - sig))[:, None]).T @ d + ridge * np.eye(d.shape[1])
-
-
-def _sigmoid(x: Array) -> Array:
-    return 0.5 * (1 + np.tanh(x / 2))

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.cache import Cache
-from trimtab.measure.measurement import fingerprint_of
 from trimtab.policy import Cost
 from trimtab.rewards.judge import Judge
 from trimtab.rewards.local_judge import LocalJudge

@@ -25,9 +25,9 @@ import torch
 
 from trimtab.control import Control
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.lm import LM
 from trimtab.measure.cache import Cache
-from trimtab.measure.measurement import fingerprint_of
 from trimtab.policy import Cost
 from trimtab.steer.layers import block_width, find_blocks
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.diagnostic import Subject
-from trimtab.measure.measurement import fingerprint_of
 from trimtab.measure.options import option_ids, option_logprobs
 from trimtab.measure.states import char_spans, read_states, text_rows
 from trimtab.measure.triplets import OPTIONS, Array, Form, Ints

@@ -35,10 +35,11 @@ import numpy as np
 
 from trimtab.card import Card
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.arena import Result, arena, check_names, judge_of, rounds_of
 from trimtab.measure.diagnostic import Diagnostic, Subject
 from trimtab.measure.judged import self_judged, truncated
-from trimtab.measure.measurement import Bracket, Comparison, Dots, Measurement, Row, fingerprint_of
+from trimtab.measure.measurement import Bracket, Comparison, Dots, Measurement, Row
 from trimtab.measure.ratings import LEAST, RESAMPLES, RIDGE, Ratings
 from trimtab.measure.referee import WARN
 from trimtab.measure.stats import mean_interval

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from trimtab.measure.measurement import decimals
 from trimtab.report import answers, figures, side_effects, svg, tokens
 from trimtab.report import sweep as sweeps
 from trimtab.report.analysis import PICK_RULE, Estimate, GoodRule, Row, number, pair_rows, paired_difference
@@ -329,9 +330,7 @@ def percent(value: Any, digits: int = 0) -> str:
 
 def plain_number(value: float, sign: bool = False) -> str:
     """Three decimals; five where the number is small, one or none where it is large."""
-    size = abs(value)
-    digits = 0 if size >= 1000 else 1 if size >= 100 else 3 if size >= 0.001 or value == 0 else 5
-    return (signed if sign else figure_text)(value, digits)
+    return (signed if sign else figure_text)(value, decimals(value))
 
 
 def pretty(value: Any) -> str:

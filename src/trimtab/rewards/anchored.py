@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Cost, Prompt, prompt_text
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 from trimtab.rewards.pair_judge import PairJudge
 
 
@@ -30,7 +31,9 @@ class Anchored(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self.judge.fingerprint, {key: list(texts) for key, texts in self.anchors.items()})
+        return fingerprint_of(
+            self.slug, self.judge.fingerprint, {key: list(texts) for key, texts in self.anchors.items()}
+        )
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
         rows = [

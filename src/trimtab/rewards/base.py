@@ -10,8 +10,6 @@ A new reward is one file: a dataclass deriving from `Reward`, whose fields are i
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -20,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import TrimtabError, UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Cost, Prompt, prompt_text
 from trimtab.spec import changed, format_spec
 
@@ -52,7 +51,7 @@ class Reward(ABC):
         config: dict[str, Any] = (
             dataclasses.asdict(self) if dataclasses.is_dataclass(self) and not isinstance(self, type) else {}
         )
-        return digest(self.slug, config)
+        return fingerprint_of(self.slug, config)
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str], meter: Cost | None = None) -> list[float | None]:
         """One finite float or None (could not judge) a row; `prompts[i]` was answered by `texts[i]`.
@@ -134,11 +133,6 @@ class Reward(ABC):
 def judged(scores: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Which rows have a score, bool [N]. `scores` is what `reward(...)` or `reward.score(...)` gave."""
     return ~np.isnan(np.asarray(scores, dtype=np.float64))
-
-
-def digest(*parts: Any) -> str:
-    """16 hex digits of the SHA-256 of the parts as sorted JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _where(row: int | None, prompts: Sequence[Prompt]) -> str:

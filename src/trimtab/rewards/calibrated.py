@@ -23,8 +23,9 @@ import numpy as np
 
 from trimtab.errors import UsageError
 from trimtab.files import write_json
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt, prompt_text
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 
 Kind = Literal["temperature", "platt", "isotonic", "affine"]
 NUMBERS: dict[str, tuple[str, ...]] = {
@@ -142,7 +143,7 @@ class Calibrated(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, asdict(self.calibration), self.inner.fingerprint)
+        return fingerprint_of(self.slug, asdict(self.calibration), self.inner.fingerprint)
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
         return self.calibration.apply(self.inner.score(prompts, texts), prompts)
@@ -171,7 +172,7 @@ def sigmoid(x: float) -> float:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    return digest(prompt_text(prompt))
+    return fingerprint_of(prompt_text(prompt))
 
 
 def _check(reward: Reward, kinds: tuple[str, ...], what: str) -> None:

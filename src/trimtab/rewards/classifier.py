@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt, prompt_text
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ class Classifier(Reward):
             p for p in Path(self.path).iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".txt", ".model"}
         )
         options = [self.column, self.template, self.append_eos, self.max_length, self.dtype]
-        return digest(self.slug, options, [(file.name, _hash_file(file)) for file in files])
+        return fingerprint_of(self.slug, options, [(file.name, _hash_file(file)) for file in files])
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
         rows, cut = [], 0

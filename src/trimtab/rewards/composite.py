@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 from trimtab.rewards.weighted_sum import WeightedSum
 from trimtab.spec import changed, format_spec
 
@@ -78,7 +79,7 @@ class Composite(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, {**changed(self), "rewards": None}, self._sum.fingerprint)
+        return fingerprint_of(self.slug, {**changed(self), "rewards": None}, self._sum.fingerprint)
 
     def parts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float | None]]:
         """The scores of every part, by its name (numbered where two parts share one)."""

@@ -33,8 +33,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trimtab.errors import TrimtabError, UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.cache import Cache
-from trimtab.measure.measurement import fingerprint_of
 from trimtab.policy import Message
 
 DEFAULT_KEY = "OPENAI_API_KEY"

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from trimtab.errors import TrimtabError, UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 from trimtab.rewards.function import _source
 
 
@@ -35,7 +36,7 @@ class FromTrl(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self._name, _source(self.fn))
+        return fingerprint_of(self.slug, self._name, _source(self.fn))
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         return self.fn(

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trimtab.errors import TrimtabError, UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 
 
 class Function(Reward):
@@ -40,7 +41,7 @@ class Function(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self._name, self.batched, _source(self.fn))
+        return fingerprint_of(self.slug, self._name, self.batched, _source(self.fn))
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         if self.batched:
@@ -86,7 +87,7 @@ class PythonFile(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self.function, self.batched, Path(self.path).read_text(encoding="utf-8"))
+        return fingerprint_of(self.slug, self.function, self.batched, Path(self.path).read_text(encoding="utf-8"))
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         return self._function._score(prompts, texts)

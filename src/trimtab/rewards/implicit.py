@@ -16,8 +16,9 @@ from functools import cached_property
 from typing import Any
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 
 
 @dataclass(eq=False)
@@ -51,7 +52,7 @@ class Implicit(Reward):
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
-        return digest(self.slug, [lm.fingerprint for lm in self._models], self.beta, self.end)
+        return fingerprint_of(self.slug, [lm.fingerprint for lm in self._models], self.beta, self.end)
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
         tuned, base = self._models

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.cache import Cache
-from trimtab.measure.measurement import fingerprint_of
 from trimtab.measure.refusal import is_refusal
 from trimtab.policy import Cost, Message, Prompt
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 from trimtab.rewards.endpoint import DEFAULT_KEY, Endpoint, Reply
 from trimtab.rewards.local_judge import LocalJudge
 from trimtab.rewards.verdicts import (
@@ -163,7 +163,7 @@ class Judge(Service, Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self.options_digest(), self.low, self.high, self.samples, self.temperature)
+        return fingerprint_of(self.slug, self.options_digest(), self.low, self.high, self.samples, self.temperature)
 
     @property
     def last_raw(self) -> list[str | None]:

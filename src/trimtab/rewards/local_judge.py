@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.cache import Cache
-from trimtab.measure.measurement import fingerprint_of
 from trimtab.policy import Cost
 
 CHUNK = 32  # questions asked and cached together

@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 
 
 @dataclass(eq=False)
@@ -56,7 +57,7 @@ class Blocklist(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self.n, sorted(self._blocked))
+        return fingerprint_of(self.slug, self.n, sorted(self._blocked))
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         grams = [_grams(text, self.n) for text in texts]

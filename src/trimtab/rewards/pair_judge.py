@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from trimtab.errors import UsageError, unknown
+from trimtab.fingerprint import fingerprint_of
 from trimtab.measure.cache import Cache
 from trimtab.policy import Cost, Policy, Prompt
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 from trimtab.rewards.endpoint import Endpoint, Reply
 from trimtab.rewards.judge import Judge, Judgement, Service, ask, unparsed
 from trimtab.rewards.verdicts import fill, first_choice, parse_choice, shown, verdict_token
@@ -165,7 +166,7 @@ class LanguageJudge(Service, PairJudge):  # type: ignore[misc]  # its identity i
         if self.by == "words":
             self.logprobs = False
         self.name = f"{self.who} (words)" if self.by == "words" else self.who
-        self.fingerprint = digest("pair judge", self.options_digest(), self.by)
+        self.fingerprint = fingerprint_of("pair judge", self.options_digest(), self.by)
         self.chance = self.by != "words"
 
     def question(self, prompt: Prompt, first: str, second: str) -> str:
@@ -208,7 +209,7 @@ class PolicyJudge(PairJudge):
     def __init__(self, policy: Policy, identity: str | None = None, rubric: str = RUBRIC, max_tokens: int = 16) -> None:
         self.policy, self.rubric, self.max_tokens = policy, rubric, max_tokens
         self.name = f"{policy.name} (words)"
-        self.fingerprint = digest("policy judge", identity or policy.name, rubric, max_tokens)
+        self.fingerprint = fingerprint_of("policy judge", identity or policy.name, rubric, max_tokens)
         self.identity = identity or policy.name
 
     def prefer(
@@ -236,7 +237,7 @@ class RewardJudge(PairJudge):
         self.temperature, self.chance, self.reward = temperature, temperature is not None, self.scorer
         self.name = self.scorer.name
         self.identity = self.scorer.identity if isinstance(self.scorer, Service) else None
-        self.fingerprint = digest("reward judge", self.scorer.fingerprint, temperature)
+        self.fingerprint = fingerprint_of("reward judge", self.scorer.fingerprint, temperature)
 
     def keep_in(self, cache: Cache) -> None:
         if isinstance(self.scorer, Service):

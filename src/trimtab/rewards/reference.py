@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt, prompt_text
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 
 
 @dataclass(eq=False)
@@ -55,7 +56,7 @@ class _Referenced(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self.as_is, self._references)
+        return fingerprint_of(self.slug, self.as_is, self._references)
 
 
 class _Compared(_Referenced):
@@ -125,7 +126,7 @@ class Cosine(_Referenced):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self._embedder.name, self._references)
+        return fingerprint_of(self.slug, self._embedder.name, self._references)
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
         known = [self._references.get(prompt_text(prompt)) for prompt in prompts]

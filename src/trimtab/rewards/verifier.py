@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt, prompt_text
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 
 
 @dataclass(eq=False)
@@ -45,7 +46,7 @@ class Verifier(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, self.prompt, self.seconds, self._items)
+        return fingerprint_of(self.slug, self.prompt, self.seconds, self._items)
 
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
         from trimtab.measure.verify import check, cut

@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 
 from trimtab.errors import UsageError
+from trimtab.fingerprint import fingerprint_of
 from trimtab.policy import Prompt
-from trimtab.rewards.base import Reward, digest
+from trimtab.rewards.base import Reward
 
 
 class WeightedSum(Reward):
@@ -42,7 +43,7 @@ class WeightedSum(Reward):
 
     @property
     def fingerprint(self) -> str:
-        return digest(self.slug, [(weight, reward.fingerprint) for weight, reward in self.terms])
+        return fingerprint_of(self.slug, [(weight, reward.fingerprint) for weight, reward in self.terms])
 
     def parts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float | None]]:
         """The unweighted scores of every part, by its name (numbered where two parts share one)."""
