@@ -19,13 +19,14 @@ from types import ModuleType
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from trimtab import catalogue, cli, measure
+from trimtab import catalogue, cli, measure, merge
 from trimtab.card import Card
 from trimtab.policies import layers
 from trimtab.rewards import REWARDS
 from trimtab.spec import parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent
+MERGING = {**merge.METHODS, **merge.TOOLS}
 RESULTS = ROOT / "benchmarks" / "results" / "shootout.json"
 
 
@@ -36,7 +37,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {
             "Methods": [
                 "methods/index.md",
-                *(f"methods/{slug}.md" for slug in catalogue.METHODS if slug not in measure.METHODS),
+                *(f"methods/{slug}.md" for slug in catalogue.METHODS if slug not in {**measure.METHODS, **MERGING}),
+            ]
+        },
+        {
+            "Merging": [
+                "merging.md",
+                *(f"methods/{slug}.md" for slug in MERGING),
+                "merging-sentiment.md",
+                "mix-or-merge.md",
             ]
         },
         {"Measuring": ["measuring.md", *(f"methods/{slug}.md" for slug in measure.METHODS), "coverage.md"]},

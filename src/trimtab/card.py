@@ -42,6 +42,7 @@ VOCABULARY: dict[str, frozenset[str]] = {
             "principle text",
             "verifier",
             "weak model",
+            "checkpoints",
             "own likelihood",
             "gradients",
             "none",

@@ -35,6 +35,7 @@ SIGNALS = {
     "principles": "principle text",
     "verifier": "verifier",
     "weak-model": "weak model",
+    "checkpoints": "checkpoints",
     "gradients": "gradients",
 }
 ALWAYS = ("own likelihood", "none")
@@ -140,8 +141,8 @@ def exclusions(card: Card, situation: Situation) -> list[str]:
 
 
 def memory_needed(card: Card, situation: Situation) -> float | None:
-    """Bytes on one device by the rule above; None where the model's size is unknown or the method needs no weights."""
-    if situation.size is None:
+    """Bytes on one device by the rule above; None where the model's size is unknown, or for a merge: it streams."""
+    if situation.size is None or card.stage == "merge":
         return None
     weights, optimiser, activations = _parts(card, situation)
     return weights + optimiser + activations

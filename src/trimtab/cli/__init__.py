@@ -21,12 +21,13 @@ VERBS = {
     "compare": "the table: policies on your model and prompts, with intervals and costs",
     "fit": "fit a controller and save it",
     "generate": "answer prompts, plainly, with a policy or with a saved controller",
+    "merge": "several checkpoints into one: sixteen methods, alignment, least squares",
     "measure": "one diagnostic on a model or a policy: refusals, capability, probes, rankings, ...",
     "methods": "list the methods, show one with its options, or plan which to use",
     "report": "write report.html for a finished run",
 }
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-RESUMABLE = ("quickstart", "compare", "fit", "measure")
+RESUMABLE = ("quickstart", "compare", "fit", "merge", "measure")
 
 HELP = f"""usage: trimtab VERB [options]
 

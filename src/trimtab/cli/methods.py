@@ -104,13 +104,21 @@ def _record(card: Card) -> dict[str, Any]:
 def _print_cards(cards: list[Card], stream: TextIO) -> None:
     from rich.table import Table
 
-    methods = [card for card in cards if card.stage != "audit"]
+    methods = [card for card in cards if card.stage not in ("audit", "merge")]
+    merges = [card for card in cards if card.stage == "merge"]
     audits = [card for card in cards if card.stage == "audit"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("method", "stage", "status", "needs", "tokens/answer", "what it does"):
         table.add_column(column, overflow="fold")
     for card in methods:
         table.add_row(card.slug, card.stage, ", ".join(card.status), card.access, card.infer_multiplier, card.summary)
+    console_for(table, stream)[0].print(table, markup=False)
+    print("\nand ways of making one model of several, for `trimtab merge NAME`:\n", file=stream)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("merge", "status", "cost", "what it does"):
+        table.add_column(column, overflow="fold")
+    for card in merges:
+        table.add_row(card.slug, ", ".join(card.status), card.fit_cost, card.summary)
     console_for(table, stream)[0].print(table, markup=False)
     print("\nand diagnostics, for `trimtab measure NAME` and `trimtab compare --measure NAME`:\n", file=stream)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -129,8 +137,9 @@ def _print_card(card: Card, stream: TextIO) -> None:
     lines += [f"answering    {card.infer_multiplier}", f"fitting      {card.fit_cost}"]
     for title, items in (("needs", card.needs), ("limits", card.limits), ("risks", card.risks)):
         lines += ["", f"{title}:", *(f"  - {item}" for item in items)] if items else []
-    policy, verb = ("--measure", "measure") if card.stage == "audit" else ("--policy", "fit")
-    lines += ["", f"options (NAME:key=value,... in {policy}; --key value in trimtab {verb} {card.slug}):"]
+    policy, verb = {"audit": ("--measure", "measure"), "merge": ("", "merge")}.get(card.stage, ("--policy", "fit"))
+    form = f"NAME:key=value,... in {policy}; " if policy else ""
+    lines += ["", f"options ({form}--key value in trimtab {verb} {card.slug}):"]
     for name, (kind, default, text) in catalogue.options(card.slug).items():
         lines += [f"  {name} ({kind}; {'must be given' if default is None else f'default {default}'})", f"      {text}"]
     lines += ["", "example:", *(f"  {line}" for line in card.example.splitlines())] if card.example else []

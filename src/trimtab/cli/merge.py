@@ -1,0 +1,161 @@
+"""`trimtab merge`: several checkpoints into one; and what belongs to it, each in a file of its own (cli/merge_WHAT.py)."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+from argparse import Namespace
+from typing import Any
+
+from trimtab.cli.arguments import Parser, add_json, whole
+from trimtab.cli.output import check_json, progress, text_stream, write_result
+from trimtab.errors import UsageError, unknown
+from trimtab.merge import METHODS
+
+# trimtab merge WHAT -> what it does; its code is trimtab.cli.merge_WHAT, with `run(words: list[str])`
+VERBS = {
+    "run": "merge as a YAML file says, ours or mergekit's",
+    "inspect": "compare checkpoints: do they fit together, and how do their changes lie? writes nothing",
+    "search": "find a method's options by a reward, within a budget",
+    "align": "permute the units of one model so that they match another's",
+    "pleas": "merge two models that share no base: match units, keep some apart, refit by least squares",
+}
+
+EXAMPLES = """\
+  trimtab merge ties --models A B C --base BASE --density 0.3 --weights 1 1 0.5 --out merged
+  trimtab merge linear --models A B --weights 0.2..0.8 0.8..0.2 --out merged       # a gradient over depth
+  trimtab merge task-arithmetic --models A --base BASE --weights -1 --out negated
+  trimtab merge dare-ties --models A B --base BASE --density mlp=0.3 0.5 --out merged   # by module
+  trimtab merge run merge.yaml --out merged
+  trimtab merge inspect A B --base BASE
+  trimtab methods ties            # a method's options, each as --KEY VALUE"""
+
+
+def run(words: list[str]) -> None:
+    """Merges, or hands over to one of `VERBS`."""
+    if words and words[0] in VERBS:
+        importlib.import_module(f"trimtab.cli.merge_{words[0]}").run(words[1:])
+        return
+    parser = _parser()
+    ours, options = split_words(words, parser.flags())
+    args = parser.parse(ours)
+    if args.method not in METHODS and args.method not in _plugins():
+        raise unknown("merging method", args.method, {**METHODS, **VERBS})
+    check_json(args.json)
+    _merge(args, options, parser.flags(), words)
+
+
+def _parser() -> Parser:
+    verbs = "\n".join(f"  trimtab merge {verb:<9}{text}" for verb, text in VERBS.items())
+    parser = Parser("merge", f"Merges checkpoints of one architecture into one, without training.\n\n{verbs}", EXAMPLES)
+    parser.add_argument("method", metavar="METHOD", help=f"{', '.join(METHODS)}; or one of the verbs above")
+    parser.add_argument(
+        "--models", nargs="+", required=True, metavar="MODEL", help="folders, LoRA adapters, pocket/NAME"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="what they were fine-tuned from")
+    parser.add_argument("--weights", nargs="+", default=None, metavar="W", help="one a model (1 each)")
+    add_output(parser)
+    parser.usage = (
+        "trimtab merge METHOD --models A B [C ...] [--base BASE] [--weights W ...] [--KEY VALUE ...] --out DIR"
+    )
+    return parser
+
+
+def add_output(parser: Parser) -> None:
+    """The options that every merge has."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="the merged model; the same command resumes")
+    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16 (the base's)")
+    parser.add_argument(
+        "--work-dtype", default="float32", metavar="T", help="arithmetic in float32 (default) or float64"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="longest file (5GB)")
+    parser.add_argument(
+        "--tokenizer", default="", metavar="FROM", help="where vocabularies differ: base, union or a model"
+    )
+    parser.add_argument("--chat-template", default="", metavar="FROM", help="where they differ: base, none or a model")
+    parser.add_argument("--untie", action="store_true", help="write a head of its own where only some parents have one")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="S", help="for methods that draw at random (0)")
+    parser.add_argument("--threads", type=whole(1), default=None, metavar="N", help="tensors at a time (one a core)")
+    add_json(parser)
+
+
+def _merge(args: Namespace, options: dict[str, list[str]], flags: list[str], words: list[str]) -> None:
+    from trimtab import catalogue
+    from trimtab.merge.engine import run as run_merge
+    from trimtab.merge.recipe import Recipe
+    from trimtab.merge.schedule import parse_words
+
+    settings = settings_of(args.method, options, catalogue.options(args.method), flags)
+    weights = None if args.weights is None else [parse_words([word], "--weights") for word in args.weights]
+    if weights is not None and len(weights) == 1:
+        weights *= len(args.models)
+    recipe = Recipe(
+        args.method, tuple(args.models), args.base, weights, settings, args.dtype, args.work_dtype, args.max_shard_size,
+        args.tokenizer, args.chat_template, args.untie, args.seed,
+    )  # fmt: skip
+    command = shlex.join(["trimtab", "merge", *words])
+    with progress() as say:
+        done = run_merge(recipe, args.out, args.threads, say, command)
+    report_merged(done, args.json)
+
+
+def settings_of(method: str, options: dict[str, list[str]], known: Any, flags: list[str]) -> dict[str, Any]:
+    """--KEY WORD ... pairs as a recipe's options. UsageError for a key that the method lacks (nearest match)."""
+    from trimtab.merge.schedule import parse_words
+
+    settings = {}
+    for flag, values in options.items():
+        key = flag.removeprefix("--").replace("-", "_")
+        key = "scale" if key == "lambda" else key
+        if key not in known:
+            raise unknown(
+                f"option of trimtab merge {method}", flag, {*(f"--{name.replace('_', '-')}" for name in known), *flags}
+            )
+        if key in settings:
+            raise UsageError(f"{flag} is given twice")
+        settings[key] = parse_words(values, flag)
+    return settings
+
+
+def report_merged(done: Any, json_to: str | None) -> None:
+    """Says what was merged and how to use it; --json."""
+    for warning in done.warnings:
+        print(f"trimtab: warning: {warning}", file=sys.stderr)
+    again = f" ({done.resumed_bytes / 1e9:.2f} GB of them earlier)" if done.resumed_bytes else ""
+    print(
+        f"merged: {done.path} ({done.tensors} tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s{again})\n"
+        f"use it: trimtab generate {done.path} PROMPT",
+        file=text_stream(json_to),
+    )
+    found = {"schema": 1, "path": str(done.path), "tensors": done.tensors, "bytes": done.nbytes}
+    write_result(json_to, {**found, "seconds": done.seconds, "warnings": list(done.warnings)})
+
+
+def split_words(words: list[str], flags: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words of the verb itself, and the method's own `--KEY WORD [WORD ...]` (those not in `flags`)."""
+    ours: list[str] = []
+    options: dict[str, list[str]] = {}
+    current: list[str] = ours
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            if flag in flags:
+                current = ours
+                ours.append(word)
+                continue
+            if flag in options:
+                raise UsageError(f"{flag} is given twice")
+            options[flag] = current = [value] if equals else []
+        else:
+            current.append(word)
+    for flag, values in options.items():
+        if not values:
+            raise UsageError(f"{flag} needs a value: {flag} VALUE")
+    return ours, options
+
+
+def _plugins() -> Any:
+    from trimtab import catalogue
+
+    return [slug for slug in catalogue.slugs() if slug not in catalogue.METHODS]

@@ -1,0 +1,256 @@
+"""Carries out a merge: tensor by tensor, by rows, in threads; into a folder that is a model only when all of it is there.
+
+    DIR/model*.safetensors     `.partial` until everything is on disk, then renamed, then the index
+    DIR/events.jsonl           which tensors are on disk, with a sum of their bytes: what a resumed merge need not do again
+    DIR/config.json            last: without it nothing loads the folder as a model
+
+A tensor is worked on by one thread, with torch's own threads off, in parts that are the same whatever else runs. So the bytes do
+not depend on threads, shards, order, or how often the merge was killed. Memory: a few parts of `PART` entries a thread, or all
+of one tensor for the methods that need it whole.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import UsageError
+from trimtab.merge.card import write_around
+from trimtab.merge.method import Part, Place
+from trimtab.merge.plan import Output, Plan, make_plan
+from trimtab.merge.recipe import Recipe
+from trimtab.merge.source import MERGEABLE, Source
+from trimtab.merge.writer import Shards, checksum
+from trimtab.run import RunDirectory
+
+PART = 1 << 18  # entries of a part, about
+SYNC_BYTES, SYNC_SECONDS = 1 << 28, 2.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge. resumed_bytes: how much of it an earlier, interrupted run had written."""
+
+    path: Path
+    tensors: int
+    nbytes: int
+    seconds: float
+    resumed_bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+def run(
+    recipe: Recipe, out: str | Path, threads: int | None = None, progress: Progress | None = None, command: str = ""
+) -> Merged:
+    """Merges into the folder `out`; the same call finishes what a killed one began.
+
+    threads: how many tensors at a time (None: one a core). Raises `UsageError` for anything wrong with the recipe or its parents
+    before a byte is written, and for weights that are not finite, in a parent or as a result, with nothing left behind.
+    """
+    start = time.monotonic()
+    plan = make_plan(recipe)
+    inputs = {f"model {i}": model.fingerprint for i, model in enumerate(plan.models)}
+    inputs |= {"base": plan.base.fingerprint} if plan.base is not None else {}
+    with RunDirectory.open(out, "merge", recipe.to_dict(), inputs) as folder:
+        if folder.events("finished"):
+            return Merged(Path(out), len(plan.outputs), plan.nbytes, 0.0, plan.nbytes, tuple(plan.warnings))
+        done = _Merge(plan, folder, threads or os.cpu_count() or 1, progress).run()
+        write_around(plan, folder, command)
+        folder.event("finished", warnings=plan.warnings)
+    return Merged(Path(out), len(plan.outputs), plan.nbytes, time.monotonic() - start, done, tuple(plan.warnings))
+
+
+class _NotFinite(UsageError):
+    """NaN or infinity, in a parent or in the result."""
+
+
+class _Merge:
+    def __init__(self, plan: Plan, folder: RunDirectory, threads: int, progress: Progress | None) -> None:
+        self.plan, self.folder, self.threads, self.progress = plan, folder, threads, progress
+        self.shards = Shards(folder.path, {one.name: one.entry for one in plan.outputs}, plan.recipe.shard_bytes)
+        self.stop = threading.Event()
+        self.start = self.told = self.synced = time.monotonic()
+        self.written = 0
+
+    def run(self) -> int:
+        """Merges what is not on disk yet; returns the bytes that were."""
+        free = shutil.disk_usage(self.folder.path).free
+        there = sum(path.stat().st_blocks * 512 for path in self.folder.path.glob("model*.safetensors*"))
+        if self.plan.nbytes > free + there:
+            raise UsageError(
+                f"the merged model takes {self.plan.nbytes / 1e9:.2f} GB and {self.folder.path} has {(free + there) / 1e9:.2f} "
+                "GB left: free some, or give another --out"
+            )
+        torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self.shards.open()
+            known = self._known()
+            todo = [one for one in self.plan.outputs if one.name not in known]
+            resumed = sum(one.entry.nbytes for one in self.plan.outputs) - sum(one.entry.nbytes for one in todo)
+            self._work(todo, resumed)
+            self.shards.publish()
+        except _NotFinite as error:
+            self.shards.discard()
+            raise UsageError(self._all_not_finite(error)) from error
+        finally:
+            torch.set_num_threads(torch_threads)
+            self.shards.close()
+        return resumed
+
+    def _all_not_finite(self, error: _NotFinite) -> str:
+        """Every tensor of a parent that is not finite, once one has been met; or what the error says of the result."""
+        plan = self.plan
+        found = [
+            f"{source.name!r} in {name!r}"
+            for source in dict.fromkeys([*plan.models, *([plan.base] if plan.base is not None else [])])
+            for name, entry in source.entries.items()
+            if entry.dtype in MERGEABLE and not _finite_source(source, name)
+        ]
+        if not found:
+            return str(error)
+        return f"weights that are not finite numbers, in {len(found)} tensors: {', '.join(found[:20])}: repair or leave out"
+
+    def _known(self) -> set[str]:
+        """Tensors that an interrupted run has put on disk and that are still as it left them."""
+        sums = {name: total for row in self.folder.events("merged") for name, total in row["sums"].items()}
+        damaged = [name for name, total in sums.items() if self.shards.checksum(name) != int(total)]
+        if damaged and self.progress is not None:
+            self.progress(f"{len(damaged)} tensors are not as they were written, first {damaged[0]}: made again")
+        return set(sums) - set(damaged)
+
+    def _work(self, todo: list[Output], resumed: int) -> None:
+        # The largest first: the last to finish is then a small one.
+        todo = sorted(todo, key=lambda one: (-one.entry.nbytes, one.name))
+        total = sum(one.entry.nbytes for one in todo)
+        sums: dict[str, str] = {}
+        with ThreadPoolExecutor(self.threads) as pool:
+            waiting: set[Future[tuple[str, int]]] = {pool.submit(self._one, one) for one in todo}
+            try:
+                while waiting:
+                    finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        name, summed = future.result()
+                        sums[name] = str(summed)
+                        self.written += self.shards.entries[name].nbytes
+                    self._tell(total, resumed)
+                    sums = self._save(sums, last=not waiting)
+            except BaseException:
+                self.stop.set()
+                for future in waiting:
+                    future.cancel()
+                raise
+
+    def _save(self, sums: dict[str, str], last: bool) -> dict[str, str]:
+        """Logs the finished tensors, after their bytes are on disk; now and then, since waiting for the disk takes time."""
+        size = sum(self.shards.entries[name].nbytes for name in sums)
+        if not sums or not (last or size > SYNC_BYTES or time.monotonic() - self.synced > SYNC_SECONDS):
+            return sums
+        self.shards.sync()
+        self.folder.event("merged", sums=sums)
+        self.synced = time.monotonic()
+        return {}
+
+    def _tell(self, total: int, resumed: int) -> None:
+        now = time.monotonic()
+        if self.progress is None or (now - self.told < 1 and self.written < total):
+            return
+        self.told = now
+        rate = self.written / max(now - self.start, 1e-9)
+        left = f", {(total - self.written) / rate:.0f} s left" if 0 < self.written < total else ""
+        self.progress(
+            f"{(resumed + self.written) / 1e9:.2f} of {(resumed + total) / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s{left}"
+        )
+
+    def _one(self, output: Output) -> tuple[str, int]:
+        """Merges one tensor into its place in its file; returns its name and the sum of its bytes."""
+        summed = 0
+        for row, rows in merge_tensor(self.plan, output):
+            if self.stop.is_set():
+                break
+            self.shards.write(output.name, row, rows)
+            summed += checksum(rows)
+        return output.name, summed % (1 << 64)
+
+
+def merge_tensor(plan: Plan, output: Output) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of one merged tensor, in the output's dtype. UsageError for values that are not finite."""
+    like = plan.like
+    method = output.method
+    if method is None:
+        yield 0, like.read(output.base_name)
+        return
+    place = Place(output.name, output.entry.shape, output.weights, plan.recipe.seed, output.embedding)
+    work = getattr(torch, plan.recipe.work_dtype)
+
+    def pieces() -> Iterator[tuple[int, Part, Tensor | None]]:
+        for start, stop in _rows(place.shape, method.whole(place)):
+            base = None
+            if method.DELTAS:
+                assert plan.base is not None
+                base = _read(plan.base, output.base_name, start, stop, work)
+            tensors = [
+                _read(model, name, start, stop, work) for model, name in zip(plan.models, output.names, strict=True)
+            ]
+            if base is not None:
+                for tensor in tensors:
+                    tensor.sub_(base)
+            yield (
+                start,
+                Part(place, start * (place.numel // max(place.shape[0], 1) if place.shape else 1), tensors),
+                base,
+            )
+
+    found = method.survey(lambda: (part for _, part, _ in pieces()))
+    for start, part, base in pieces():
+        merged = method.merge(part, found)
+        if base is not None:
+            merged = merged.add_(base)
+        rows = merged.to(output.entry.dtype)
+        if not finite(rows):
+            raise _NotFinite(
+                f"the merged {output.name!r} is not finite in {str(output.entry.dtype).removeprefix('torch.')}: smaller weights, "
+                "or --dtype float32"
+            )
+        yield start, rows
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are finite: the least and the largest are, and either is NaN where any is."""
+    if not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def _read(source: Source, name: str, start: int, stop: int, work: torch.dtype) -> Tensor:
+    tensor = source.read(name, start, stop)
+    if not finite(tensor):
+        raise _NotFinite(f"the model {source.name!r} has weights that are not finite numbers, first in {name!r}")
+    return tensor.to(work)
+
+
+def _finite_source(source: Source, name: str) -> bool:
+    return all(finite(source.read(name, start, stop)) for start, stop in _rows(source.entries[name].shape, False))
+
+
+def _rows(shape: tuple[int, ...], whole: bool) -> Iterator[tuple[int, int]]:
+    if not shape or whole:
+        yield 0, shape[0] if shape else 1
+        return
+    row = max(1, int(torch.Size(shape[1:]).numel()))
+    unit = 8 // math.gcd(8, row)  # rows whose bytes are whole 64-bit words: sums of parts then add up
+    step = max(1, PART // row // unit) * unit
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])

@@ -1,0 +1,1 @@
+"""The merging methods, one file each; `trimtab.merge.METHODS` lists them."""
