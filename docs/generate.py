@@ -43,6 +43,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {
             "Merging": [
                 "merging.md",
+                "merge-inspect.md",
+                "merge-run.md",
+                "merging-skills.md",
                 *(f"methods/{slug}.md" for slug in MERGING),
                 "merging-sentiment.md",
                 "mix-or-merge.md",

@@ -27,7 +27,7 @@ METHODS: dict[str, str] = {
     **{slug: f"trimtab.steer.{module}:{name}" for slug, (module, name) in steer.METHODS.items()},
     **{slug: f"trimtab.decode.{module}:{name}" for slug, (module, name) in decode.METHODS.items()},
     **{slug: f"trimtab.prompt.{module}:{name}" for slug, (module, name) in prompt.METHODS.items()},
-    **{slug: f"trimtab.merge.{module}:{name}" for slug, (module, name) in merge.METHODS.items()},
+    **{slug: f"trimtab.merge.{module}:{name}" for slug, (module, name) in {**merge.METHODS, **merge.TOOLS}.items()},
     **{slug: f"trimtab.measure.{module}:{name}" for slug, (module, name) in measure.METHODS.items()},
 }
 PLUGINS = "trimtab.methods"

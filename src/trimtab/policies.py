@@ -22,6 +22,7 @@ from trimtab.files import digest, dump_json
 from trimtab.lm import LM, local_folder
 from trimtab.measure import METHODS as DIAGNOSTICS
 from trimtab.merge import METHODS as MERGES
+from trimtab.merge import TOOLS
 from trimtab.parts import Parts, make
 from trimtab.policy import Cost, Policy, Prompt
 from trimtab.rewards import as_reward
@@ -214,13 +215,13 @@ def layers(spec: str) -> list[str]:
 
 def check_policy(spec: str, lm: LM | None = None) -> None:
     """Refuse an unknown policy, key or value, and a saved controller of another model, before any work is done."""
-    known = [slug for slug in (*catalogue.slugs(), *OTHERS) if slug not in DIAGNOSTICS and slug not in MERGES]
+    known = [slug for slug in (*catalogue.slugs(), *OTHERS) if slug not in {**DIAGNOSTICS, **MERGES, **TOOLS}]
     above = ""
     for layer in layers(spec):
         slug, options = parse_spec(layer)
         if slug in DIAGNOSTICS:
             raise UsageError(f"{slug} is a diagnostic and no policy: trimtab measure {slug} MODEL, or --measure {slug}")
-        if slug in MERGES:
+        if slug in MERGES or slug in TOOLS:
             raise UsageError(f"{slug} merges models and is no policy: trimtab merge {slug} makes one model of them")
         if slug not in known:
             raise unknown("policy", slug, known)

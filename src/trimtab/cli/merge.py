@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
+import textwrap
 from argparse import Namespace
 from typing import Any
 
@@ -38,6 +39,9 @@ def run(words: list[str]) -> None:
         importlib.import_module(f"trimtab.cli.merge_{words[0]}").run(words[1:])
         return
     parser = _parser()
+    # Looked at first: a mistyped verb would be told of options that it does not have.
+    if not words or not (words[0].startswith("-") or words[0] in METHODS or words[0] in _plugins()):
+        raise unknown("merging method", words[0] if words else "", {**METHODS, **VERBS})
     ours, options = split_words(words, parser.flags())
     args = parser.parse(ours)
     if args.method not in METHODS and args.method not in _plugins():
@@ -48,14 +52,19 @@ def run(words: list[str]) -> None:
 
 def _parser() -> Parser:
     verbs = "\n".join(f"  trimtab merge {verb:<9}{text}" for verb, text in VERBS.items())
-    parser = Parser("merge", f"Merges checkpoints of one architecture into one, without training.\n\n{verbs}", EXAMPLES)
-    parser.add_argument("method", metavar="METHOD", help=f"{', '.join(METHODS)}; or one of the verbs above")
+    methods = "\n".join(
+        textwrap.wrap(", ".join(METHODS), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    )
+    about = "Merges checkpoints of one architecture into one, without training."
+    parser = Parser("merge", f"{about}\n\nmethods:\n{methods}\n\nbesides:\n{verbs}", EXAMPLES)
+    parser.add_argument("method", metavar="METHOD", help="one of the methods above")
     parser.add_argument(
         "--models", nargs="+", required=True, metavar="MODEL", help="folders, LoRA adapters, pocket/NAME"
     )
     parser.add_argument("--base", metavar="MODEL", help="what they were fine-tuned from")
     parser.add_argument("--weights", nargs="+", default=None, metavar="W", help="one a model (1 each)")
     add_output(parser)
+    add_after(parser)
     parser.usage = (
         "trimtab merge METHOD --models A B [C ...] [--base BASE] [--weights W ...] [--KEY VALUE ...] --out DIR"
     )
@@ -70,19 +79,32 @@ def add_output(parser: Parser) -> None:
         "--work-dtype", default="float32", metavar="T", help="arithmetic in float32 (default) or float64"
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="longest file (5GB)")
-    parser.add_argument(
-        "--tokenizer", default="", metavar="FROM", help="where vocabularies differ: base, union or a model"
-    )
-    parser.add_argument("--chat-template", default="", metavar="FROM", help="where they differ: base, none or a model")
-    parser.add_argument("--untie", action="store_true", help="write a head of its own where only some parents have one")
+    add_choices(parser)
     parser.add_argument("--seed", type=whole(0), default=0, metavar="S", help="for methods that draw at random (0)")
     parser.add_argument("--threads", type=whole(1), default=None, metavar="N", help="tensors at a time (one a core)")
     add_json(parser)
 
 
+def add_choices(parser: Parser) -> None:
+    """What to do where parents differ in more than their weights."""
+    parser.add_argument(
+        "--tokenizer", default="", metavar="FROM", help="where vocabularies differ: base, union or a model"
+    )
+    parser.add_argument("--chat-template", default="", metavar="FROM", help="where they differ: base, none or a model")
+    parser.add_argument("--untie", action="store_true", help="write a head of its own where only some parents have one")
+
+
+def add_after(parser: Parser) -> None:
+    """What can be looked at once a model is merged: see `carry_out`."""
+    parser.add_argument(
+        "--evaluate", nargs="+", default=[], metavar="SKILL",
+        help="parents, base and merge on nll:texts=FILE, reward:reward=SPEC,texts=FILE, refusal:texts=A|B, any diagnostic",
+    )  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="DIR/report: lengths, angles and signs of every tensor")
+
+
 def _merge(args: Namespace, options: dict[str, list[str]], flags: list[str], words: list[str]) -> None:
     from trimtab import catalogue
-    from trimtab.merge.engine import run as run_merge
     from trimtab.merge.recipe import Recipe
     from trimtab.merge.schedule import parse_words
 
@@ -94,10 +116,26 @@ def _merge(args: Namespace, options: dict[str, list[str]], flags: list[str], wor
         args.method, tuple(args.models), args.base, weights, settings, args.dtype, args.work_dtype, args.max_shard_size,
         args.tokenizer, args.chat_template, args.untie, args.seed,
     )  # fmt: skip
-    command = shlex.join(["trimtab", "merge", *words])
+    carry_out(recipe, args, words)
+
+
+def carry_out(recipe: Any, args: Namespace, words: list[str]) -> None:
+    """Merges, evaluates and reports, as the options of `add_output` and `add_after` say, and says what was done."""
+    from trimtab.cli.merge_skills import Evaluation
+    from trimtab.merge.engine import run as run_merge
+
+    command = ["trimtab", "merge", *words]
+    found: dict[str, Any] = {}
     with progress() as say:
-        done = run_merge(recipe, args.out, args.threads, say, command)
-    report_merged(done, args.json)
+        evaluation = Evaluation.before(args.evaluate, recipe, say) if args.evaluate else None
+        done = run_merge(recipe, args.out, args.threads, say, shlex.join(command))
+        if evaluation is not None:
+            found["skills"] = evaluation.of(done.path, say, command)
+        if args.report:
+            from trimtab.merge.after import write_report
+
+            found["report"] = str(write_report(recipe, done.path, args.threads, say, command))
+    report_merged(done, args.json, **found)
 
 
 def settings_of(method: str, options: dict[str, list[str]], known: Any, flags: list[str]) -> dict[str, Any]:
@@ -118,18 +156,29 @@ def settings_of(method: str, options: dict[str, list[str]], known: Any, flags: l
     return settings
 
 
-def report_merged(done: Any, json_to: str | None) -> None:
-    """Says what was merged and how to use it; --json."""
+def report_merged(done: Any, json_to: str | None, **more: Any) -> None:
+    """Says what was merged and how to use it, and what became of the skills; --json, with `more`."""
     for warning in done.warnings:
         print(f"trimtab: warning: {warning}", file=sys.stderr)
-    again = f" ({done.resumed_bytes / 1e9:.2f} GB of them earlier)" if done.resumed_bytes else ""
+    again = f", {_size(done.resumed_bytes)} of it earlier" if done.resumed_bytes else ""
     print(
-        f"merged: {done.path} ({done.tensors} tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s{again})\n"
+        f"merged: {done.path} ({done.tensors} tensors, {_size(done.nbytes)} in {done.seconds:.1f} s{again})\n"
         f"use it: trimtab generate {done.path} PROMPT",
         file=text_stream(json_to),
     )
+    if "skills" in more:
+        from trimtab.cli.merge_skills import print_skills
+
+        print_skills(more["skills"], text_stream(json_to))
+        print(f"report: {done.path / 'skills.html'}", file=text_stream(json_to))
+    if "report" in more:
+        print(f"report: {more['report']}", file=text_stream(json_to))
     found = {"schema": 1, "path": str(done.path), "tensors": done.tensors, "bytes": done.nbytes}
-    write_result(json_to, {**found, "seconds": done.seconds, "warnings": list(done.warnings)})
+    write_result(json_to, {**found, "seconds": done.seconds, "warnings": list(done.warnings), **more})
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def split_words(words: list[str], flags: list[str]) -> tuple[list[str], dict[str, list[str]]]:

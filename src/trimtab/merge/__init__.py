@@ -33,6 +33,12 @@ METHODS = {
     "r-tsvm": ("methods.r_tsvm", "RTsvm"),
 }
 
+# for models that share no base; each a verb of `trimtab merge` with files of its own
+TOOLS = {
+    "align": ("align", "Align"),
+    "pleas": ("pleas", "Pleas"),
+}
+
 
 def __getattr__(name: str) -> Any:
     if name == "run":
@@ -43,4 +49,7 @@ def __getattr__(name: str) -> Any:
         if name in (cls, slug.replace("-", "_")):
             method = getattr(importlib.import_module(f"trimtab.merge.{module}"), cls)
             return method if name == cls else method.function()
+    for module, cls in TOOLS.values():
+        if name == cls:
+            return getattr(importlib.import_module(f"trimtab.merge.{module}"), cls)
     raise AttributeError(f"module 'trimtab.merge' has no attribute {name!r}")

@@ -4,13 +4,17 @@
     DIR/events.jsonl           which tensors are on disk, with a sum of their bytes: what a resumed merge need not do again
     DIR/config.json            last: without it nothing loads the folder as a model
 
-A tensor is worked on by one thread, with torch's own threads off, in parts that are the same whatever else runs. So the bytes do
-not depend on threads, shards, order, or how often the merge was killed. Memory: a few parts of `PART` entries a thread, or all
-of one tensor for the methods that need it whole.
+A tensor is worked on by one thread, with torch's own threads off, in parts that are the same whatever else runs. So the bytes
+do not depend on threads, shards, order, or how often the merge was killed. Memory: a few parts of `PART` entries a thread, or
+all of one tensor for the methods that need it whole.
+
+The same command again checks what is there, byte by byte, and makes only what is missing or damaged.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import math
 import os
 import shutil
@@ -24,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trimtab.errors import UsageError
+from trimtab.errors import TrimtabError, UsageError
 from trimtab.merge.card import write_around
 from trimtab.merge.method import Part, Place
 from trimtab.merge.plan import Output, Plan, make_plan
@@ -35,6 +39,9 @@ from trimtab.run import RunDirectory
 
 PART = 1 << 18  # entries of a part, about
 SYNC_BYTES, SYNC_SECONDS = 1 << 28, 2.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# The bits of infinity, by size and type: what is not finite has these or more, the sign aside.
+INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF0 << 48}
 
 Progress = Callable[[str], None]
 
@@ -56,24 +63,36 @@ def run(
 ) -> Merged:
     """Merges into the folder `out`; the same call finishes what a killed one began.
 
-    threads: how many tensors at a time (None: one a core). Raises `UsageError` for anything wrong with the recipe or its parents
-    before a byte is written, and for weights that are not finite, in a parent or as a result, with nothing left behind.
+    threads: how many tensors at a time (None: one a core). Raises `UsageError` for anything wrong with the recipe or its
+    parents before a byte is written, and for weights that are not finite, in a parent or as a result, with nothing left
+    behind; `TrimtabError` where the disk is full: the same call continues once there is space. Tells the C library, for the
+    whole process, to keep freed memory at hand (`_keep_memory`).
     """
     start = time.monotonic()
     plan = make_plan(recipe)
+    plan.warnings += _not_merged(plan)
+    _keep_memory()
     inputs = {f"model {i}": model.fingerprint for i, model in enumerate(plan.models)}
     inputs |= {"base": plan.base.fingerprint} if plan.base is not None else {}
-    with RunDirectory.open(out, "merge", recipe.to_dict(), inputs) as folder:
-        if folder.events("finished"):
-            return Merged(Path(out), len(plan.outputs), plan.nbytes, 0.0, plan.nbytes, tuple(plan.warnings))
-        done = _Merge(plan, folder, threads or os.cpu_count() or 1, progress).run()
-        write_around(plan, folder, command)
-        folder.event("finished", warnings=plan.warnings)
+    try:
+        with RunDirectory.open(out, "merge", recipe.to_dict(), inputs) as folder:
+            done = _Merge(plan, folder, threads or os.cpu_count() or 1, progress).run()
+            if not folder.events("finished") or not all(folder.done(row["key"]) for row in folder.events("saved")):
+                write_around(plan, folder, command)
+                folder.event("finished", warnings=plan.warnings)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise TrimtabError(f"the disk of {out} is full: free some space, and the same command continues") from error
     return Merged(Path(out), len(plan.outputs), plan.nbytes, time.monotonic() - start, done, tuple(plan.warnings))
 
 
 class _NotFinite(UsageError):
     """NaN or infinity, in a parent or in the result."""
+
+
+class _Stopped(Exception):
+    """Another tensor has failed, or the user has."""
 
 
 class _Merge:
@@ -90,25 +109,36 @@ class _Merge:
         there = sum(path.stat().st_blocks * 512 for path in self.folder.path.glob("model*.safetensors*"))
         if self.plan.nbytes > free + there:
             raise UsageError(
-                f"the merged model takes {self.plan.nbytes / 1e9:.2f} GB and {self.folder.path} has {(free + there) / 1e9:.2f} "
-                "GB left: free some, or give another --out"
+                f"the merged model takes {self.plan.nbytes / 1e9:.2f} GB and {self.folder.path} has "
+                f"{(free + there) / 1e9:.2f} GB left: free some, or give another --out"
             )
         torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            self.shards.open()
+            self._open()
             known = self._known()
             todo = [one for one in self.plan.outputs if one.name not in known]
-            resumed = sum(one.entry.nbytes for one in self.plan.outputs) - sum(one.entry.nbytes for one in todo)
+            resumed = self.plan.nbytes - sum(one.entry.nbytes for one in todo)
+            if todo:
+                self.shards.withdraw()
             self._work(todo, resumed)
             self.shards.publish()
-        except _NotFinite as error:
+        except UsageError as error:
+            # It would end so again: nothing is kept for another attempt.
             self.shards.discard()
-            raise UsageError(self._all_not_finite(error)) from error
+            raise UsageError(self._all_not_finite(error)) if isinstance(error, _NotFinite) else error from error
         finally:
             torch.set_num_threads(torch_threads)
             self.shards.close()
         return resumed
+
+    def _open(self) -> None:
+        try:
+            self.shards.open()
+        except OSError as error:
+            if error.errno in DISK_FULL:  # while their space was claimed: there is nothing in them yet
+                self.shards.discard()
+            raise
 
     def _all_not_finite(self, error: _NotFinite) -> str:
         """Every tensor of a parent that is not finite, once one has been met; or what the error says of the result."""
@@ -126,6 +156,7 @@ class _Merge:
     def _known(self) -> set[str]:
         """Tensors that an interrupted run has put on disk and that are still as it left them."""
         sums = {name: total for row in self.folder.events("merged") for name, total in row["sums"].items()}
+        sums = {name: total for name, total in sums.items() if name in self.shards.entries}
         damaged = [name for name, total in sums.items() if self.shards.checksum(name) != int(total)]
         if damaged and self.progress is not None:
             self.progress(f"{len(damaged)} tensors are not as they were written, first {damaged[0]}: made again")
@@ -142,10 +173,13 @@ class _Merge:
                 while waiting:
                     finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                     for future in finished:
-                        name, summed = future.result()
+                        try:
+                            name, summed = future.result()
+                        except _Stopped:
+                            continue  # what stopped it is still to come
                         sums[name] = str(summed)
                         self.written += self.shards.entries[name].nbytes
-                    self._tell(total, resumed)
+                    self._tell(total, resumed, last=not waiting)
                     sums = self._save(sums, last=not waiting)
             except BaseException:
                 self.stop.set()
@@ -163,47 +197,61 @@ class _Merge:
         self.synced = time.monotonic()
         return {}
 
-    def _tell(self, total: int, resumed: int) -> None:
+    def _tell(self, total: int, resumed: int, last: bool) -> None:
         now = time.monotonic()
-        if self.progress is None or (now - self.told < 1 and self.written < total):
+        if self.progress is None or (now - self.told < 1 and not last):
             return
         self.told = now
         rate = self.written / max(now - self.start, 1e-9)
         left = f", {(total - self.written) / rate:.0f} s left" if 0 < self.written < total else ""
-        self.progress(
-            f"{(resumed + self.written) / 1e9:.2f} of {(resumed + total) / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s{left}"
-        )
+        unit, letter = (1e9, "G") if resumed + total >= 1e9 else (1e6, "M")
+        done, whole = (resumed + self.written) / unit, (resumed + total) / unit
+        self.progress(f"{done:.2f} of {whole:.2f} {letter}B, {rate / 1e6:.0f} MB/s{left}")
 
     def _one(self, output: Output) -> tuple[str, int]:
         """Merges one tensor into its place in its file; returns its name and the sum of its bytes."""
         summed = 0
-        for row, rows in merge_tensor(self.plan, output):
-            if self.stop.is_set():
-                break
-            self.shards.write(output.name, row, rows)
-            summed += checksum(rows)
+        try:
+            for row, rows in merge_tensor(self.plan, output, self.stop):
+                self.shards.write(output.name, row, rows)
+                summed += checksum(rows)
+        except BaseException:
+            self.stop.set()  # at once: the others would work on in vain until the main thread looks
+            raise
         return output.name, summed % (1 << 64)
 
 
-def merge_tensor(plan: Plan, output: Output) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of one merged tensor, in the output's dtype. UsageError for values that are not finite."""
-    like = plan.like
+def merge_tensor(plan: Plan, output: Output, stop: threading.Event | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of one merged tensor, in the output's dtype; gives up when `stop` is set.
+
+    UsageError for values that are not finite.
+    """
     method = output.method
-    if method is None:
-        yield 0, like.read(output.base_name)
+    if method is None or not output.entry.numel:
+        source, name = _holders(plan, output)[0]
+        yield 0, source.read(name).to(output.entry.dtype)
         return
     place = Place(output.name, output.entry.shape, output.weights, plan.recipe.seed, output.embedding)
     work = getattr(torch, plan.recipe.work_dtype)
+    deltas = method.on_deltas(plan.base is not None)
+
+    checked: set[int] = set()  # parts that were finite: not looked at again in later passes
 
     def pieces() -> Iterator[tuple[int, Part, Tensor | None]]:
-        for start, stop in _rows(place.shape, method.whole(place)):
+        for start, end in _rows(place.shape, method.whole(place)):
+            if stop is not None and stop.is_set():
+                raise _Stopped
+            check = start not in checked
             base = None
-            if method.DELTAS:
+            if deltas:
                 assert plan.base is not None
-                base = _read(plan.base, output.base_name, start, stop, work)
+                base = _read(plan.base, output.base_name, start, end, work, check)
             tensors = [
-                _read(model, name, start, stop, work) for model, name in zip(plan.models, output.names, strict=True)
+                _read(model, name, start, end, work, check)
+                for model, name in zip(plan.models, output.names, strict=True)
+                if name  # a model that has no layer in this slice has none
             ]
+            checked.add(start)
             if base is not None:
                 for tensor in tensors:
                     tensor.sub_(base)
@@ -221,24 +269,58 @@ def merge_tensor(plan: Plan, output: Output) -> Iterator[tuple[int, Tensor]]:
         rows = merged.to(output.entry.dtype)
         if not finite(rows):
             raise _NotFinite(
-                f"the merged {output.name!r} is not finite in {str(output.entry.dtype).removeprefix('torch.')}: smaller weights, "
-                "or --dtype float32"
+                f"the merged {output.name!r} is not finite in {_called(output.entry.dtype)}: give smaller --weights, or "
+                "--dtype float32"
             )
         yield start, rows
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite: the least and the largest are, and either is NaN where any is."""
+    """Whether all values are finite, from their bits: infinity and NaN come above all else, either sign by itself."""
     if not tensor.numel():
         return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    size = tensor.dtype.itemsize
+    bits = tensor.contiguous().view(-1).view((torch.int16, torch.int32, torch.int64)[size // 4]).numpy()
+    infinity = INFINITY[tensor.dtype]
+    return bool(bits.max() < infinity and bits.view(f"u{size}").max() < infinity | 1 << (8 * size - 1))
 
 
-def _read(source: Source, name: str, start: int, stop: int, work: torch.dtype) -> Tensor:
-    tensor = source.read(name, start, stop)
-    if not finite(tensor):
+def _read(source: Source, name: str, start: int, end: int, work: torch.dtype, check: bool) -> Tensor:
+    tensor = source.read(name, start, end)
+    if check and not finite(tensor):
         raise _NotFinite(f"the model {source.name!r} has weights that are not finite numbers, first in {name!r}")
     return tensor.to(work)
+
+
+def _holders(plan: Plan, output: Output) -> list[tuple[Source, str]]:
+    """Who has a tensor and what they call it: the base first."""
+    base = [(plan.base, output.base_name)] if plan.base is not None else []
+    return [*base, *((model, name) for model, name in zip(plan.models, output.names, strict=True) if name)]
+
+
+def _not_merged(plan: Plan) -> list[str]:
+    """Warnings of tensors of whole numbers that differ between the parents: there is no mean of them."""
+    found = []
+    for output in (one for one in plan.outputs if one.method is None):
+        (first, name), *others = _holders(plan, output)
+        if any(not torch.equal(first.read(name), source.read(its)) for source, its in others):
+            found.append(
+                f"{output.name!r} ({_called(output.entry.dtype)}) differs between the models and is not merged: it is that "
+                f"of {first.name!r}"
+            )
+    return found
+
+
+def _called(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _keep_memory() -> None:
+    """Has glibc reuse freed memory instead of handing it back after every part: page faults were a third of the CPU time."""
+    if hasattr(os, "confstr") and "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at the most it may be
+        libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
 
 
 def _finite_source(source: Source, name: str) -> bool:

@@ -69,7 +69,7 @@ class Part:
     def uniform(self, model: int) -> Tensor:
         """float32 in [0, 1), one an entry, the same for an entry wherever the tensor is cut."""
         like = self.tensors[model]
-        first, last = self.start // BLOCK, (self.start + like.numel() - 1) // BLOCK
+        first, last = self.start // BLOCK, (self.start + max(like.numel(), 1) - 1) // BLOCK
         blocks = [_uniform(self.place.seed, self.place.name, model, block) for block in range(first, last + 1)]
         flat = np.concatenate(blocks)[self.start - first * BLOCK :][: like.numel()]
         return torch.from_numpy(flat).view(like.shape)
@@ -98,10 +98,21 @@ class Method(ABC):
             if isinstance(value, tuple) and len(value) != parents:
                 raise UsageError(f"{self.slug}: {field.name} has {len(value)} values for {parents} models")
 
+    def check_weights(self, weights: Sequence[float]) -> None:  # noqa: B027 - most have nothing to check
+        """UsageError for weights that cannot work. They may vary with depth: this is asked for every tensor."""
+
     def each(self, key: str, parents: int) -> list[float]:
         """An option that may be one number for all parents or one each (`float | tuple[float, ...]`), one each."""
         value = getattr(self.config, key)
         return list(value) if isinstance(value, tuple) else [value] * parents
+
+    def on_deltas(self, base: bool) -> bool:
+        """Whether it works on differences to the base: `DELTAS`, unless an option, or a base being given, decides it."""
+        return self.DELTAS
+
+    def notes(self, found: Any) -> dict[str, float | str]:
+        """What `survey` found of a tensor, for a report: figures and words."""
+        return {}
 
     def whole(self, place: Place) -> bool:
         """Whether the method needs all of this tensor at once."""
@@ -133,6 +144,7 @@ class Method(ABC):
         weights = [1.0] * len(tensors) if weights is None else [float(weight) for weight in weights]
         check_parents(type(self), len(tensors), len(weights))
         self.check(len(tensors))
+        self.check_weights(weights)
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
             raise UsageError(f"{self.slug}: tensors of different shapes: {sorted(shapes)}")

@@ -1,24 +1,36 @@
-"""From a recipe to a plan: everything is looked at before the first byte is written, and all that is wrong is said at once."""
+"""From a recipe to a plan: everything is looked at before the first byte is written, and all that is wrong is said at once.
+
+Only headers, configs and tokenizers are read, so a plan takes seconds. The checks are in `checks.py`, what is done about
+vocabularies in `vocabulary.py` and `remapped.py`. NaN and infinity are met while merging (`engine.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from trimtab import catalogue
 from trimtab.errors import UsageError, unknown
+from trimtab.merge import METHODS, TOOLS, checks
+from trimtab.merge.adapter import Adapter, is_adapter, open_source
+from trimtab.merge.common_tokens import common_tokens
+from trimtab.merge.heads import head_of, set_setting, tied, token_tensors
 from trimtab.merge.method import Method, check_parents
 from trimtab.merge.recipe import Recipe
-from trimtab.merge.schedule import at, depth_of, layer_of
-from trimtab.merge.source import MERGEABLE, Entry, Folder, Source
+from trimtab.merge.slices import Mapped, mapped, misfits, sliced_config
+from trimtab.merge.source import MERGEABLE, Entry, Source
 from trimtab.spec import build
+
+MANY = 12  # problems that one message lists
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the merged model. names: what it is called in each model; base_name: in the base.
+    """One tensor of the merged model. names: what each model calls it ("": it takes no part); base_name: the base.
 
     method None: a tensor that is no matter of arithmetic (whole numbers), copied from the base or the first model.
     """
@@ -34,13 +46,17 @@ class Output:
 
 @dataclass
 class Plan:
-    """What the engine carries out. config: the merged model's; tokenizer_from: the folder whose tokenizer files it gets."""
+    """What the engine carries out. config: the merged model's.
+
+    tokenizer: the files of its tokenizer: name -> the file it is a copy of, or its bytes.
+    """
 
     recipe: Recipe
     models: list[Source]
     base: Source | None
     outputs: list[Output]
     config: dict[str, Any]
+    tokenizer: dict[str, Path | bytes] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -55,60 +71,130 @@ class Plan:
 
 def make_plan(recipe: Recipe) -> Plan:
     """Opens every parent and checks all of it. UsageError with every problem, each with what would mend it."""
-    if recipe.method not in catalogue.slugs() or catalogue.card(recipe.method).stage != "merge":
-        from trimtab.merge import METHODS
-
+    if recipe.method in TOOLS:
+        raise UsageError(f"{recipe.method} is a command of its own: trimtab merge {recipe.method} A B --out DIR")
+    if recipe.method not in catalogue.slugs() or not issubclass(catalogue.method(recipe.method), Method):
         raise unknown("merging method", recipe.method, METHODS)
     method: type[Method] = catalogue.method(recipe.method)
+    problems: list[str] = []
+    warnings: list[str] = []
+    base, models = _opened(recipe, problems)
     if method.DELTAS and recipe.base is None:
-        raise UsageError(f"{recipe.method} merges differences to a base: give --base")
-    weights = recipe.weights if isinstance(recipe.weights, (list, tuple)) else [recipe.weights] * len(recipe.models)
-    check_parents(method, len(recipe.models), len(weights))
-    models: list[Source] = [Folder(path) for path in recipe.models]
-    base: Source | None = Folder(recipe.base) if recipe.base is not None else None
-    like = base if base is not None else models[0]
-    problems = _compare(like, models)
+        problems.append(f"{recipe.method} merges differences to a base: give --base{_named_bases(models)}")
+    if recipe.slices is None:
+        weights = len(recipe.weights) if isinstance(recipe.weights, (list, tuple)) else len(recipe.models)
+        _try(problems, check_parents, method, len(recipe.models), weights)
+    opened = [source for source in (base, *models) if source is not None]
+    # Where one cannot be opened the others are compared all the same, and then all of it is refused.
+    whole = len(opened) == len(models) + (recipe.base is not None)
+    sources, config, tokenizer = _alike(opened, recipe, whole, problems, warnings)
+    if not whole or not sources:
+        raise Refused(problems)
+    like, parents = (sources[0], sources[1:]) if recipe.base is not None else (None, sources)
+    outputs = _outputs(recipe, method, parents, like, problems)
     if problems:
-        raise UsageError(
-            problems[0]
-            if len(problems) == 1
-            else f"{len(problems)} problems: " + "; ".join(f"({i}) {text}" for i, text in enumerate(problems, 1))
+        raise Refused(problems)
+    if recipe.slices is not None:
+        config = sliced_config(config, recipe.parsed_slices(), base is not None)
+    deltas = any(one.method is not None and one.method.on_deltas(base is not None) for one in outputs)
+    warnings += checks.unused_filters(recipe, [name for one in outputs for name in (one.name, *one.names)])
+    warnings += checks.same_models(opened[recipe.base is not None :], base, deltas)
+    return Plan(recipe, parents, like, outputs, config, tokenizer, warnings)
+
+
+class Refused(UsageError):
+    """Everything that is wrong with a merge. problems: all of it; the message has the first `MANY`."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = [*dict.fromkeys(problems)]
+        listed = "; ".join(f"({number}) {text}" for number, text in enumerate(self.problems[:MANY], 1))
+        more = "; ..." if len(self.problems) > MANY else ""
+        super().__init__(
+            self.problems[0] if len(self.problems) == 1 else f"{len(self.problems)} problems: {listed}{more}"
         )
-    outputs = [_output(name, like, models, method, recipe, weights) for name in sorted(like.entries)]
-    return Plan(recipe, models, base, outputs, dict(like.config))
 
 
-def _compare(like: Source, models: list[Source]) -> list[str]:
-    problems = []
-    for model in models:
-        for name in sorted({*like.entries, *model.entries}):
-            one, two = like.entries.get(name), model.entries.get(name)
-            if one is None or two is None:
-                problems.append(
-                    f"{(model if two is None else like).name!r} lacks the tensor {name!r} that the other has"
-                )
-            elif one.shape != two.shape:
-                problems.append(
-                    f"{name!r} has the shape {one.shape} in {like.name!r} and {two.shape} in {model.name!r}"
-                )
-    return problems
+def _opened(recipe: Recipe, problems: list[str]) -> tuple[Source | None, list[Source | None]]:
+    """The parents; None for one that cannot be opened."""
+    base = _try(problems, open_source, recipe.base) if recipe.base is not None else None
+    models = []
+    for path in recipe.models:
+        hangs = recipe.base is not None and base is None and is_adapter(path)  # on a base that is refused already
+        models.append(None if hangs else _try(problems, open_source, path, base))
+    return base, models
+
+
+def _named_bases(models: Sequence[Source | None]) -> str:
+    named = {model.base.name for model in models if isinstance(model, Adapter)}
+    return f" ({', '.join(sorted(named))} is what the adapters were trained on)" if named else ""
+
+
+def _alike(
+    opened: list[Source], recipe: Recipe, whole: bool, problems: list[str], warnings: list[str]
+) -> tuple[list[Source], dict[str, Any], dict[str, Path | bytes]]:
+    """The parents with the same tensors, heads and vocabularies, the output's config and its tokenizer's files."""
+    if not opened:
+        return [], {}, {}
+    sliced = recipe.slices is not None
+    for source in opened:
+        problems += checks.quantised(source)
+        warnings += [source.note] if isinstance(source, Adapter) and source.note else []
+    for model in opened[1:]:
+        problems += checks.structure(opened[0], model, sliced)
+        warnings += [text for text in checks.function(opened[0], model) if text not in warnings]
+    sources = checks.settle_heads(checks.aligned_names(opened), recipe.untie, problems, warnings)
+    config = dict(opened[0].config)
+    config.pop("_name_or_path", None)
+    if head_of(sources[0].entries) is not None or tied(opened[0]):
+        set_setting(config, "tie_word_embeddings", head_of(sources[0].entries) is None)
+    if recipe.dtype is not None:
+        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+            config[key] = recipe.dtype
+    sources, tokenizer, refused = common_tokens(sources, recipe, whole, config, problems, warnings)
+    for model in sources[1:]:
+        rows = token_tensors(model) if refused else ()
+        problems += checks.tensors(sources[0], model, recipe.dtype, sliced, rows)
+    if config.get("auto_map"):
+        warnings.append("the config's auto_map names code, which is not copied: copy the model's .py files yourself")
+    return sources, config, tokenizer
+
+
+def _outputs(
+    recipe: Recipe, method: type[Method], models: list[Source], base: Source | None, problems: list[str]
+) -> list[Output]:
+    """Every tensor of the merged model, with its method and settings; adds what is wrong to the problems."""
+    found = _try(problems, mapped, recipe, models, base) or []
+    if recipe.slices is not None:
+        problems += misfits(found, models, base)
+    tables = set(token_tensors(base if base is not None else models[0]))
+    outputs = [_try(problems, _output, one, models, base, method, recipe, one.name in tables) for one in found]
+    return [one for one in outputs if one is not None]
 
 
 def _output(
-    name: str, like: Source, models: list[Source], method: type[Method], recipe: Recipe, weights: Any
-) -> Output:
-    entry = like.entries[name]
-    vocabulary, layers = like.config.get("vocab_size"), int(like.config.get("num_hidden_layers") or 1)
-    embedding = layer_of(name) is None and len(entry.shape) == 2 and entry.shape[0] == vocabulary
+    one: Mapped, models: list[Source], base: Source | None, method: type[Method], recipe: Recipe, table: bool
+) -> Output | None:
+    source, its_name = one.first(models, base)
+    entry = source.entries.get(its_name)
+    if entry is None:
+        return None  # named among the misfits
+    embedding = table and len(entry.shape) == 2
     if entry.dtype not in MERGEABLE:
-        return Output(name, entry, (name,) * len(models), name, None, (), embedding)
-    depth = depth_of(name, layers)
-    options = {key: at(value, name, depth, len(models), key) for key, value in recipe.options.items()}
-    config = build(method.Config, {k: v for k, v in options.items() if v is not None}, f"method {recipe.method!r}")
-    made = method(config)
-    made.check(len(models))
-    found = [1.0 if weight is None else at(weight, name, depth, 1, "weights") for weight in weights]
+        return Output(one.name, entry, one.names, one.base_name, None, (), embedding)
+    made = method(build(method.Config, one.options, f"method {recipe.method!r}"))
+    check_parents(method, len(one.weights), len(one.weights))
+    made.check(len(one.weights))
+    if base is None and not method.DELTAS and made.on_deltas(False):
+        raise UsageError(f"{recipe.method} with these options merges differences to a base: give --base")
+    made.check_weights(one.weights)
     dtype = entry.dtype if recipe.dtype is None else getattr(torch, recipe.dtype)
-    return Output(
-        name, Entry(dtype, entry.shape), (name,) * len(models), name, made, tuple(map(float, found)), embedding
-    )
+    return Output(one.name, Entry(dtype, entry.shape), one.names, one.base_name, made, one.weights, embedding)
+
+
+def _try(problems: list[str], what: Any, *arguments: Any) -> Any:
+    """The result of a call; None where it raises a UsageError, which becomes a problem."""
+    try:
+        return what(*arguments)
+    except UsageError as error:
+        problems.append(str(error))
+        return None

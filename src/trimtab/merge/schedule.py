@@ -8,7 +8,11 @@
 On the command line: `--density 0.5`, `--density 0.2..0.5..0.8`, `--density mlp=0.3 0.5`, and one a parent `--density 0.5 0.4`
 (several words without a filter) or `--density mlp=0.3,0.4 0.5`.
 
-Depth runs from 0 at the first layer (and what lies before it) to 1 at the last (and what follows).
+Depth runs from 0 at the first layer (and what lies before it) to 1 at the last (and what follows). mergekit gives the first
+value to what follows the last layer too (the final norm and the head), and the last value to a layer that is alone: a recipe
+read from its form says `depth: mergekit` and gets that.
+
+A filter is looked for in the tensor's name in the output; that of a setting of one model, in its name in that model.
 """
 
 from __future__ import annotations
@@ -21,28 +25,39 @@ from typing import Any
 from trimtab.errors import UsageError
 
 Scalar = float | int | bool | str
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _BEFORE = re.compile(r"embed_tokens|embed_in|word_embeddings|embed_positions|embed_dim|\bwte\b|\bwpe\b")
 
 
 def layer_of(name: str) -> int | None:
     """The layer a tensor belongs to: the first number among the parts of its name; None outside layers."""
-    found = _LAYER.search(name)
+    found = LAYER.search(name)
     return int(found.group(1)) if found else None
 
 
-def depth_of(name: str, layers: int) -> float:
-    """How deep a tensor lies: 0 in the first layer and before it, 1 in the last and after it."""
+def lies_before(name: str) -> bool:
+    """Whether a tensor outside of layers comes before them: embeddings."""
+    return _BEFORE.search(name) is not None
+
+
+def depth_of(name: str, layers: int, how: str = "model") -> float:
+    """How deep a tensor lies: 0 in the first layer and before it, 1 in the last and after it; or as mergekit has it."""
     layer = layer_of(name)
     if layer is None:
-        return 0.0 if _BEFORE.search(name) else 1.0
-    return layer / (layers - 1) if layers > 1 else 0.0
+        return 0.0 if how == "mergekit" or lies_before(name) else 1.0
+    return layer / (layers - 1) if layers > 1 else float(how == "mergekit")
 
 
-def at(setting: Any, name: str, depth: float, parents: int, what: str) -> Any:
-    """The value of a setting for one tensor: a scalar, or a tuple of one a parent. None: no filter fits."""
+def at(setting: Any, name: str, depth: float, parents: int, what: str, names: Sequence[str] = ()) -> Any:
+    """The value of a setting for one tensor: a scalar, or a tuple of one a parent. None: no filter fits.
+
+    names: what the tensor is called in each parent, where that is not `name` everywhere.
+    """
     if isinstance(setting, Mapping) and set(setting) == {"each"}:
-        return tuple(_one(one, name, depth, what) for one in setting["each"])
+        if len(setting["each"]) != parents:
+            raise UsageError(f"{what} has {len(setting['each'])} values for {parents} models")
+        called = names or [name] * parents
+        return tuple(_one(one, its, depth, what) for one, its in zip(setting["each"], called, strict=True))
     value = _one(setting, name, depth, what)
     if isinstance(value, (list, tuple)):
         if len(value) != parents:
@@ -61,7 +76,7 @@ def _one(setting: Any, name: str, depth: float, what: str) -> Any:
     if all(isinstance(one, Mapping) for one in setting):
         for rule in setting:
             if not {"value"} <= set(rule) <= {"filter", "value"}:
-                raise UsageError(f"{what}: a filter has the keys 'filter' and 'value', not {sorted(rule)}")
+                raise UsageError(f"{what}: a filter has the keys 'filter' and 'value', not {sorted(map(str, rule))}")
             wanted = rule.get("filter")
             if wanted is None or wanted == "*" or str(wanted) in name:
                 value = rule["value"]

@@ -1,7 +1,7 @@
 """Where a parent's tensors come from: read by rows, never a whole model, into memory of our own.
 
-A `Source` says what it holds (`entries`) and reads rows of one tensor. `Folder` is a checkpoint on disk; a LoRA adapter on its
-base (`adapter.py`) and a checkpoint with another vocabulary (`vocabulary.py`) look the same from outside.
+A `Source` says what it holds (`entries`) and reads rows of one tensor. `Folder` is a checkpoint on disk; a LoRA adapter on
+its base (`adapter.py`) and a checkpoint with another vocabulary (`remapped.py`) look the same from outside.
 
 Reads go through pread into a fresh buffer: a memory map would count every page once read as ours, and page faults cost more
 than the copy.
@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ALONE = "model.safetensors"  # the file of a model that is not cut into shards
 SAMPLE = 32768  # bytes of each end of a tensor that a fingerprint reads
 
 
@@ -73,8 +75,32 @@ class Source(ABC):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop (of the first axis) of a tensor, in the dtype of its entry, in memory of the caller's own.
 
-        Safe to call from several threads. A tensor without axes is read whole.
+        An adapter's sums have a wider dtype than their entry: nothing is rounded before the merge. Safe to call from several
+        threads. A tensor without axes is read whole.
         """
+
+    def read_runs(self, name: str, runs: Sequence[tuple[int, int]]) -> Tensor:
+        """Rows start:stop of every run (start, stop), one after another."""
+        return torch.cat([self.read(name, start, stop) for start, stop in runs])
+
+
+class View(Source):
+    """A source under other names. names: a tensor's name here -> its name there; what is not among them is left out."""
+
+    def __init__(self, inner: Source, names: Mapping[str, str]) -> None:
+        self.inner, self.names = inner, dict(names)
+        self.name, self.folder, self.config = inner.name, inner.folder, inner.config
+        self.entries = {name: inner.entries[own] for name, own in self.names.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.inner.read(self.names[name], start, stop)
+
+    def read_runs(self, name: str, runs: Sequence[tuple[int, int]]) -> Tensor:
+        return self.inner.read_runs(self.names[name], runs)
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        return self.inner.fingerprint
 
 
 class _Place(NamedTuple):
@@ -82,54 +108,53 @@ class _Place(NamedTuple):
     offset: int
 
 
-class Folder(Source):
-    """A Hugging Face checkpoint folder with safetensors, whole and consistent or refused by name (`UsageError`)."""
+class Stored(Source):
+    """The tensors of safetensors files, whole and consistent or refused by name (`UsageError`)."""
 
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
-        self.name = str(path) if name is None else name
-        folder = local_folder(str(path))
-        if folder is None:
-            raise UsageError(f"there is no model folder {self.name!r}: merging reads folders; download the model first")
-        self.folder = folder
-        check_index(folder, self.name)
-        self.config = _json(folder / "config.json", self.name)
-        self._files = _files(folder, self.name)
+    def __init__(self, name: str, folder: Path, config: dict[str, Any], files: list[Path]) -> None:
+        self.name, self.folder, self.config = name, folder, config
+        self._files = files
         self._handles: dict[int, int] = {}
+        self._lock = threading.Lock()
         self.entries: dict[str, Entry] = {}
         self._places: dict[str, _Place] = {}
-        for number, file in enumerate(self._files):
-            self._read_header(number, file)
-        self._check_weight_map()
+        problems = [problem for number in range(len(files)) for problem in self._read_header(number)]
+        if problems:
+            raise self.damaged(problems)
 
-    def _read_header(self, number: int, path: Path) -> None:
+    def damaged(self, problems: list[str]) -> UsageError:
+        """The error that names what is wrong with the files."""
+        more = f"; and {len(problems) - 3} more such" if len(problems) > 3 else ""
+        return UsageError(f"the model {self.name!r}: {'; '.join(problems[:3])}{more}: get a complete copy")
+
+    def _read_header(self, number: int) -> list[str]:
+        """Adds a file's tensors; returns what is wrong with it."""
         from safetensors import SafetensorError, safe_open
 
+        path = self._files[number]
         try:
             with safe_open(path, framework="pt"):  # the library validates every offset against the file's length
                 pass
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"the model {self.name!r}: {path.name} is damaged or cut short ({error})") from error
+            return [f"{path.name} is damaged or cut short ({error})"]
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        problems = []
         for name, entry in header.items():
             if name in self.entries:
-                raise UsageError(f"the model {self.name!r} holds the tensor {name!r} in two of its files")
-            if entry["dtype"] not in DTYPES:
+                first = self._files[self._places[name].file].name
+                problems.append(f"{first} and {path.name} both hold the tensor {name!r}")
+            elif entry["dtype"] not in DTYPES:
                 raise UsageError(
-                    f"the model {self.name!r}: {name!r} is stored as {entry['dtype']}: merge it unquantised"
+                    f"the model {self.name!r} is quantised ({name!r} is stored as {entry['dtype']}): merge the weights that "
+                    "it was quantised from"
                 )
-            self.entries[name] = Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            self._places[name] = _Place(number, 8 + length + entry["data_offsets"][0])
-
-    def _check_weight_map(self) -> None:
-        path = self.folder / INDEX
-        if len(self._files) == 1 and self._files[0].name == "model.safetensors":
-            return
-        for name, file in json.loads(path.read_bytes())["weight_map"].items():
-            if name not in self.entries or self._files[self._places[name].file].name != file:
-                raise UsageError(f"the model {self.name!r}: {INDEX} says that {file} holds {name!r}, but it does not")
+            else:
+                self.entries[name] = Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                self._places[name] = _Place(number, 8 + length + entry["data_offsets"][0])
+        return problems
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         entry = self.entries[name]
@@ -140,11 +165,25 @@ class Folder(Source):
         data = self._bytes(name, start * row, (stop - start) * row)
         return data.view(entry.dtype).view(stop - start, *entry.shape[1:])
 
+    def read_runs(self, name: str, runs: Sequence[tuple[int, int]]) -> Tensor:
+        entry = self.entries[name]
+        row = entry.nbytes // max(entry.shape[0], 1)
+        count = sum(stop - start for start, stop in runs)
+        data = torch.empty(count * row, dtype=torch.uint8)
+        view, at = data.numpy().data, 0
+        for start, stop in runs:  # into one buffer: a tensor a row would take ten times as long
+            size = (stop - start) * row
+            self._fill(view[at : at + size], name, start * row)
+            at += size
+        return data.view(entry.dtype).view(count, *entry.shape[1:])
+
     def _bytes(self, name: str, start: int, count: int) -> Tensor:
-        place = self._places[name]
         data = torch.empty(count, dtype=torch.uint8)
-        view = memoryview(data.numpy())
-        done = 0
+        self._fill(data.numpy().data, name, start)
+        return data
+
+    def _fill(self, view: memoryview, name: str, start: int) -> None:
+        place, count, done = self._places[name], len(view), 0
         while done < count:
             got = os.preadv(self._handle(place.file), [view[done : done + (1 << 30)]], place.offset + start + done)
             if got <= 0:
@@ -152,17 +191,16 @@ class Folder(Source):
                     f"the model {self.name!r}: {self._files[place.file].name} became shorter while it was read"
                 )
             done += got
-        return data
 
     def _handle(self, number: int) -> int:
-        handle = self._handles.get(number)
-        if handle is None:
-            handle = self._handles.setdefault(number, os.open(self._files[number], os.O_RDONLY))
-        return handle
+        with self._lock:
+            if number not in self._handles:
+                self._handles[number] = os.open(self._files[number], os.O_RDONLY)
+            return self._handles[number]
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python ends, `os` is gone before us
         for handle in getattr(self, "_handles", {}).values():
-            os.close(handle)
+            close(handle)
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -174,25 +212,50 @@ class Folder(Source):
         return digest.hexdigest()[:16]
 
 
-def _files(folder: Path, name: str) -> list[Path]:
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
-        return [folder / shard for shard in sorted(set(shards))]
+class Folder(Stored):
+    """A Hugging Face checkpoint folder, whole and consistent or refused by name (`UsageError`). name: for messages."""
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        name = str(path) if name is None else name
+        folder = local_folder(str(path))
+        if folder is None:
+            raise UsageError(f"there is no model folder {name!r}: merging reads folders; download the model first")
+        check_index(folder, name)
+        config = read_json(folder / "config.json", name)
+        if (folder / ALONE).is_file():
+            super().__init__(name, folder, config, [folder / ALONE])
+            return
+        if not (folder / INDEX).is_file():
+            raise _no_weights(folder, name)
+        files: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        super().__init__(name, folder, config, [folder / shard for shard in sorted(set(files.values()))])
+        held = {tensor: self._files[place.file].name for tensor, place in self._places.items()}
+        problems = [
+            f"{INDEX} says that {files[tensor]} holds {tensor!r}, but it does not"
+            if tensor in files
+            else f"{held[tensor]} holds {tensor!r}, which {INDEX} does not name"
+            for tensor in sorted({*files, *held})
+            if files.get(tensor) != held.get(tensor)
+        ]
+        if problems:
+            raise self.damaged(problems)
+
+
+def _no_weights(folder: Path, name: str) -> UsageError:
     others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if others:
-        raise UsageError(
+        return UsageError(
             f"the model {name!r} is stored as {others[0]}, which can run code when it is read: convert it to safetensors"
         )
-    raise UsageError(f"the model {name!r} has no model.safetensors and no {INDEX}")
+    return UsageError(f"the model {name!r} has no {ALONE} and no {INDEX}: save it as safetensors")
 
 
-def _json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object in a file of the model `name`. UsageError for anything else."""
     try:
         found = json.loads(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"the model {name!r}: {path.name} cannot be read ({error})") from error
     return found

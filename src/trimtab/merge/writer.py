@@ -1,7 +1,7 @@
 """Safetensors files written tensor by tensor, in any order, from layouts that are known before the first byte.
 
-The library writes a shard from tensors that are all in memory. Here a file is laid out first (header, then every tensor at its
-offset), its space is claimed from the disk at once, and rows are written where they belong as they are made.
+The library writes a shard from tensors that are all in memory. Here a file is laid out first (header, then every tensor at
+its offset), its space is claimed from the disk at once, and rows are written where they belong as they are made.
 
 A file is called NAME.partial until all of it is on disk.
 """
@@ -47,21 +47,33 @@ class Shards:
         self._shard_of = {name: shard for shard in self.shards for name in shard.offsets}
 
     def open(self) -> None:
-        """Makes or opens the partial files and claims their space. OSError (ENOSPC) where the disk has none left."""
+        """Opens what is there and makes what is not, its space claimed. OSError (ENOSPC) where the disk has none left.
+
+        A file of another length or with another header than it must have is begun anew.
+        """
         for shard in self.shards:
-            final, partial = self.folder / shard.file, self.folder / (shard.file + PARTIAL)
-            path = final if final.exists() and not partial.exists() else partial
-            shard.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            if os.fstat(shard.handle).st_size != shard.nbytes:
+            final, partial = self._names(shard)
+            there = final if final.exists() and not partial.exists() else partial
+            shard.handle = os.open(there, os.O_RDWR | os.O_CREAT, 0o644)
+            size = os.fstat(shard.handle).st_size
+            if size != shard.nbytes or os.pread(shard.handle, len(shard.header), 0) != shard.header:
+                os.replace(there, partial)
                 os.ftruncate(shard.handle, 0)
                 _claim(shard.handle, shard.nbytes)
                 os.pwrite(shard.handle, shard.header, 0)
+
+    def withdraw(self) -> None:
+        """Calls the files partial again: they are to be written to."""
+        for shard in self.shards:
+            final, partial = self._names(shard)
+            if not partial.exists():
+                os.replace(final, partial)
 
     def write(self, name: str, start: int, rows: Tensor) -> None:
         """Rows of a tensor from row `start` on, in the dtype of its entry. Safe to call from several threads."""
         entry, shard = self.entries[name], self._shard_of[name]
         row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
-        data = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+        data = rows.contiguous().view(-1).view(torch.uint8).numpy().data
         at, done = shard.offsets[name] + start * row, 0
         while done < len(data):
             done += os.pwrite(shard.handle, data[done : done + (1 << 30)], at + done)
@@ -93,9 +105,9 @@ class Shards:
         """Gives the finished files their names and writes the index, where there are several."""
         self.sync()
         for shard in self.shards:
-            partial = self.folder / (shard.file + PARTIAL)
+            final, partial = self._names(shard)
             if partial.exists():
-                os.replace(partial, self.folder / shard.file)
+                os.replace(partial, final)
         sync_tree(self.folder, deep=False)
         if len(self.shards) > 1:
             total = sum(entry.nbytes for entry in self.entries.values())
@@ -103,10 +115,15 @@ class Shards:
             write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
 
     def discard(self) -> None:
-        """Removes the partial files."""
+        """Removes the partial files, and the index."""
         self.close()
         for shard in self.shards:
-            (self.folder / (shard.file + PARTIAL)).unlink(missing_ok=True)
+            self._names(shard)[1].unlink(missing_ok=True)
+        (self.folder / INDEX).unlink(missing_ok=True)
+
+    def _names(self, shard: Shard) -> tuple[Path, Path]:
+        """What the file is called when it is whole, and until then."""
+        return self.folder / shard.file, self.folder / (shard.file + PARTIAL)
 
 
 def checksum(data: Tensor) -> int:

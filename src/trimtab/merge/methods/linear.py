@@ -11,6 +11,7 @@ Cost: each parent read once, the result written once; 2 T operations an entry. t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,7 +28,7 @@ CARD = Card(
     goal="capability",
     stage="merge",
     mechanism="weight-arithmetic",
-    signal=("none",),
+    signal=("checkpoints",),
     access="weights",
     produces="weights",
     needs=("two or more checkpoints of one architecture",),
@@ -38,9 +39,10 @@ CARD = Card(
     limits=("models that do not share a base are mixed unit by unit that mean different things: align them first",),
     composes_with=("align",),
     data_format="none",
+    status=("implemented", "verified_cpu"),
     example="trimtab merge linear --models A B --weights 0.7 0.3 --out merged",
-    choose="Fine-tunes of one base for the same goal (other seeds, other hyperparameters): the mean is as good as anything and "
-    "has nothing to tune.",
+    choose="Fine-tunes of one base for the same goal (other seeds, other hyperparameters): the mean is as good as anything "
+    "and has nothing to tune.",
     dimensions=("capability",),
 )
 
@@ -58,11 +60,20 @@ class Linear(Method):
     Config = LinearConfig
     DELTAS = False
 
-    def merge(self, part: Part, found: object) -> Tensor:
-        weights = part.weights
+    def check_weights(self, weights: Sequence[float]) -> None:
         if self.config.normalize:
-            total = sum(weights)
-            if abs(total) < 1e-8:
-                raise UsageError(f"linear: the weights sum to {total:g}: give others, or --normalize false")
-            weights = tuple(weight / total for weight in weights)
+            normalized(self.slug, weights)
+
+    def merge(self, part: Part, found: object) -> Tensor:
+        weights = normalized(self.slug, part.weights) if self.config.normalize else part.weights
         return weighted_sum(part.tensors, weights)
+
+
+def normalized(slug: str, weights: Sequence[float]) -> list[float]:
+    """The weights divided by their sum. UsageError where that is 0."""
+    total = sum(weights)
+    if abs(total) < 1e-8:
+        raise UsageError(
+            f"{slug}: the weights sum to {total:g}, so there is no mean: give others, or --normalize false"
+        )
+    return [weight / total for weight in weights]
