@@ -86,9 +86,9 @@ def trained(digits: Digits, seed: int, labels: tuple[int, ...], outputs: int, pa
 
 def arms(setting: str, digits: Digits, seed: int) -> dict[str, Any]:
     """Correct or not for every test image, an arm each; and the sizes that were reached."""
-    from trimtab.merge.module_specs import module_spec
-    from trimtab.merge.pleas import PleasConfig
-    from trimtab.merge.pleas_pair import Pair
+    from trimtab.merge.align.module_specs import module_spec
+    from trimtab.merge.pleas.pair import Pair
+    from trimtab.merge.pleas.pleas import PleasConfig
 
     if setting == "same labels":
         a = trained(digits, 2 * seed, (*LOW, *HIGH), 10, slice(0, 600))
@@ -231,7 +231,7 @@ def train_apart(work: Path, steps: int) -> list[str]:
 def losses(folder: str, texts: list[str]) -> list[float]:
     """Nats a token, a value a dialogue."""
     from trimtab import LM
-    from trimtab.merge.align_texts import TextLoss, encode
+    from trimtab.merge.align.texts import TextLoss, encode
 
     lm = LM.load(folder)
     batches = encode(lm, texts, 32)
@@ -243,12 +243,12 @@ def losses(folder: str, texts: list[str]) -> list[float]:
 
 
 def run_language(work: Path, steps: int) -> dict[str, Any]:
-    from trimtab.merge.align import AlignConfig
-    from trimtab.merge.align_run import Asked as AskedAlign
-    from trimtab.merge.align_run import align_folders
+    from trimtab.merge.align.align import AlignConfig
+    from trimtab.merge.align.run import Asked as AskedAlign
+    from trimtab.merge.align.run import align_folders
     from trimtab.merge.engine import run
-    from trimtab.merge.pleas import PleasConfig
-    from trimtab.merge.pleas_models import Asked, merge_folders
+    from trimtab.merge.pleas.models import Asked, merge_folders
+    from trimtab.merge.pleas.pleas import PleasConfig
     from trimtab.merge.recipe import Recipe
 
     work.mkdir(parents=True, exist_ok=True)

@@ -30,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from taught import taught_text
 from trimtab.files import write_json
 from trimtab.measure.stats import mean_interval
-from trimtab.merge.activations import activation_match
-from trimtab.merge.align_texts import TextLoss, encode, forward
-from trimtab.merge.analysis import Directions, alignment, l2_reduction, matrices, taylor
-from trimtab.merge.matching import match
-from trimtab.merge.module_specs import module_spec
-from trimtab.merge.path import interpolate, reestimate, repair, walk
-from trimtab.merge.permutation import Spec, apply
-from trimtab.merge.specs import model_spec
-from trimtab.merge.straight_through import straight_through
+from trimtab.merge.align.activations import activation_match
+from trimtab.merge.align.analysis import Directions, alignment, l2_reduction, matrices, taylor
+from trimtab.merge.align.matching import match
+from trimtab.merge.align.module_specs import module_spec
+from trimtab.merge.align.path import interpolate, reestimate, repair, walk
+from trimtab.merge.align.permutation import Spec, apply
+from trimtab.merge.align.specs import model_spec
+from trimtab.merge.align.straight_through import straight_through
+from trimtab.merge.align.texts import TextLoss, encode, forward
 
 Tensors = dict[str, Tensor]
 SPEC_ROWS = 8

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_lm
 from trimtab import LM, Sampling
 from trimtab.cli import main
-from trimtab.merge import align_run
-from trimtab.merge.permutation import Group, Place, Spec, apply
-from trimtab.merge.specs import model_spec
+from trimtab.merge.align import run as align_run
+from trimtab.merge.align.permutation import Group, Place, Spec, apply
+from trimtab.merge.align.specs import model_spec
 from trimtab.prompt.tuning import save
 
 
@@ -137,8 +137,8 @@ def test_fine_tunes_of_one_base_are_told_so(folder: Path, tmp_path: Path, capsys
 def test_a_path_that_gets_worse_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A spec of the user's own with which nothing helps: the warning comes from the paired interval alone."""
     found = align_run.Found(Spec(()), {}, {}, {}, {})
-    from trimtab.merge.align_report import _paths
-    from trimtab.merge.path import Path as LossPath
+    from trimtab.merge.align.path import Path as LossPath
+    from trimtab.merge.align.report import _paths
 
     for key, middle in (("before", 1.0), ("after", 2.0)):
         found.paths[key] = LossPath([0.0, 0.5, 1.0], {"loss": [0.0, middle, 0.0], "error": [0.0, 0.0, 0.0]})

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tiny import tiny_model
 from trimtab.errors import UsageError
-from trimtab.merge.activations import activation_cost, activation_match, collect, sites, standardised
-from trimtab.merge.module_specs import module_spec
-from trimtab.merge.permutation import Spec, apply, is_identity, units
-from trimtab.merge.specs import model_spec
+from trimtab.merge.align.activations import activation_cost, activation_match, collect, sites, standardised
+from trimtab.merge.align.module_specs import module_spec
+from trimtab.merge.align.permutation import Spec, apply, is_identity, units
+from trimtab.merge.align.specs import model_spec
 
 
 def net(seed: int) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimtab.merge.analysis import (
+from trimtab.merge.align.analysis import (
     Directions,
     alignment,
     distance_by_directions,
@@ -18,7 +18,7 @@ from trimtab.merge.analysis import (
     taylor,
     weighted_alignment,
 )
-from trimtab.merge.permutation import Group, Place, Spec, apply
+from trimtab.merge.align.permutation import Group, Place, Spec, apply
 
 SPEC = Spec((Group("rows", 5, (Place("w", 0),)), Group("columns", 3, (Place("w", 1, 1, 2),))))
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.least_squares import Moments, fit, outputs, patches, unfolded
-from trimtab.merge.pleas_blocks import Units, allowed, block_start, split
+from trimtab.merge.pleas.blocks import Units, allowed, block_start, split
+from trimtab.merge.pleas.least_squares import Moments, fit, outputs, patches, unfolded
 
 ROWS, INPUTS, OUTPUTS = 60, 7, 6
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tiny import tiny_model
 from trimtab.errors import UsageError
-from trimtab.merge.matching import assign, match, match_several
-from trimtab.merge.permutation import Group, Place, Spec, apply, is_identity
-from trimtab.merge.specs import model_spec
+from trimtab.merge.align.matching import assign, match, match_several
+from trimtab.merge.align.permutation import Group, Place, Spec, apply, is_identity
+from trimtab.merge.align.specs import model_spec
 
 Tensors = dict[str, Tensor]
 

@@ -8,11 +8,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from trimtab.measure.stats import mean_interval
-from trimtab.merge.analysis import Directions, alignment, l2_reduction
-from trimtab.merge.matching import match
-from trimtab.merge.module_specs import module_spec
-from trimtab.merge.path import walk
-from trimtab.merge.permutation import apply
+from trimtab.merge.align.analysis import Directions, alignment, l2_reduction
+from trimtab.merge.align.matching import match
+from trimtab.merge.align.module_specs import module_spec
+from trimtab.merge.align.path import walk
+from trimtab.merge.align.permutation import apply
 
 WIDTH = 128
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.matching import match
-from trimtab.merge.module_specs import module_spec
-from trimtab.merge.path import Path, has_batch_norm, interpolate, reestimate, repair, walk
-from trimtab.merge.permutation import apply
+from trimtab.merge.align.matching import match
+from trimtab.merge.align.module_specs import module_spec
+from trimtab.merge.align.path import Path, has_batch_norm, interpolate, reestimate, repair, walk
+from trimtab.merge.align.permutation import apply
 
 
 def trained() -> tuple[nn.Module, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.permutation import (
+from trimtab.merge.align.permutation import (
     Group,
     Place,
     Spec,

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trimtab.errors import UsageError
-from trimtab.merge.matching import match
-from trimtab.merge.module_specs import module_spec
-from trimtab.merge.permutation import Spec, apply
-from trimtab.merge.pleas import PleasConfig, merge_modules
-from trimtab.merge.pleas_pair import Pair
+from trimtab.merge.align.matching import match
+from trimtab.merge.align.module_specs import module_spec
+from trimtab.merge.align.permutation import Spec, apply
+from trimtab.merge.pleas.pair import Pair
+from trimtab.merge.pleas.pleas import PleasConfig, merge_modules
 
 
 class Residual(nn.Module):

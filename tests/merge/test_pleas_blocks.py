@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from trimtab.errors import UsageError
-from trimtab.merge.permutation import Group, Place, Spec
-from trimtab.merge.pleas_blocks import Units, axis_units, block_start, match_scores, padded, split
+from trimtab.merge.align.permutation import Group, Place, Spec
+from trimtab.merge.pleas.blocks import Units, axis_units, block_start, match_scores, padded, split
 
 PERM = torch.tensor([2, 0, 3, 1])
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from tiny import WORDS, tiny_model, tiny_tokenizer
 from trimtab.errors import UsageError
 from trimtab.lm import LM
-from trimtab.merge.permutation import apply
-from trimtab.merge.pleas import PleasConfig
-from trimtab.merge.pleas_layers import Batch
-from trimtab.merge.pleas_models import Asked, merge_folders, read_texts
-from trimtab.merge.pleas_pair import Pair
-from trimtab.merge.specs import model_spec
+from trimtab.merge.align.permutation import apply
+from trimtab.merge.align.specs import model_spec
+from trimtab.merge.pleas.layers import Batch
+from trimtab.merge.pleas.models import Asked, merge_folders, read_texts
+from trimtab.merge.pleas.pair import Pair
+from trimtab.merge.pleas.pleas import PleasConfig
 
 IDS = torch.randint(4, 59, (40, 12), generator=torch.Generator().manual_seed(5))
 
@@ -184,7 +184,7 @@ def test_the_same_command_gives_the_same_bytes_and_finishes_what_was_begun(tmp_p
 
 
 def test_a_killed_merge_is_no_model_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.merge import pleas_models
+    from trimtab.merge.pleas import models as pleas_models
 
     a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1)
     asked = Asked(a, b, (texts(tmp_path / "t.txt"),))

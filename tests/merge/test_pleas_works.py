@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from trimtab.measure.stats import Interval, paired_difference
-from trimtab.merge.module_specs import module_spec
-from trimtab.merge.pleas import PleasConfig
-from trimtab.merge.pleas_modules import Merged
-from trimtab.merge.pleas_pair import Pair
+from trimtab.merge.align.module_specs import module_spec
+from trimtab.merge.pleas.modules import Merged
+from trimtab.merge.pleas.pair import Pair
+from trimtab.merge.pleas.pleas import PleasConfig
 
 SEEDS = 5
 

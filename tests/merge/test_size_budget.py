@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from trimtab.errors import UsageError
-from trimtab.merge.pleas_blocks import Units, allowed, split
-from trimtab.merge.size_budget import Budget, LayerCost, ratios
+from trimtab.merge.pleas.blocks import Units, allowed, split
+from trimtab.merge.pleas.size_budget import Budget, LayerCost, ratios
 
 CHAIN = Budget(
     (

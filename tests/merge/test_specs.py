@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tiny import ARCHITECTURES, tiny_model
 from trimtab.errors import UsageError
-from trimtab.merge.module_specs import module_spec
-from trimtab.merge.permutation import Group, Place, Spec, apply, verify
-from trimtab.merge.specs import model_spec
+from trimtab.merge.align.module_specs import module_spec
+from trimtab.merge.align.permutation import Group, Place, Spec, apply, verify
+from trimtab.merge.align.specs import model_spec
 
 # Weights and sums are float64, but the norms and rotary positions of these models work in float32.
 ROUNDING = 1e-5

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.matching import match
-from trimtab.merge.module_specs import module_spec
-from trimtab.merge.path import interpolate
-from trimtab.merge.permutation import Spec, apply
-from trimtab.merge.straight_through import straight_through
+from trimtab.merge.align.matching import match
+from trimtab.merge.align.module_specs import module_spec
+from trimtab.merge.align.path import interpolate
+from trimtab.merge.align.permutation import Spec, apply
+from trimtab.merge.align.straight_through import straight_through
 
 
 def task(seed: int, width: int = 12) -> tuple[nn.Module, dict[str, Tensor]]:

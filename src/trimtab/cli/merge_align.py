@@ -37,7 +37,7 @@ def run(words: list[str]) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="longest file (5GB)")
     add_json(parser)
     parser.usage = "trimtab merge align A B --out DIR [--texts FILE] [--residual] [--KEY VALUE ...]"
-    from trimtab.merge.align import AlignConfig  # here: it imports torch
+    from trimtab.merge.align.align import AlignConfig  # here: it imports torch
     from trimtab.merge.recipe import Recipe
     from trimtab.spec import build
 
@@ -57,7 +57,7 @@ def run(words: list[str]) -> None:
     _check_out(args.out)
     size = Recipe("linear", (args.a,), max_shard_size=args.max_shard_size).shard_bytes
     from trimtab.cli.measured import print_measured
-    from trimtab.merge.align_run import Asked, align_folders
+    from trimtab.merge.align.run import Asked, align_folders
 
     asked = Asked(
         args.a, args.b, Path(args.texts) if args.texts else None, Path(args.spec) if args.spec else None, size

@@ -42,7 +42,7 @@ def run(words: list[str]) -> None:
     parser.add_argument("--untie", action="store_true", help="write a head of its own where only one parent has one")
     add_json(parser)
     parser.usage = "trimtab merge pleas A B --budget X --data FILE [FILE ...] --out DIR [--KEY VALUE ...]"
-    from trimtab.merge.pleas import PleasConfig  # here: it imports torch
+    from trimtab.merge.pleas.pleas import PleasConfig  # here: it imports torch
     from trimtab.spec import build
 
     known = _flags(PleasConfig)
@@ -58,7 +58,7 @@ def run(words: list[str]) -> None:
     for path in args.data:
         if not Path(path).is_file():
             raise UsageError(f"there is no file {path}: --data takes files of texts")
-    from trimtab.merge.pleas_models import Asked, merge_folders
+    from trimtab.merge.pleas.models import Asked, merge_folders
 
     asked = Asked(
         args.a, args.b, tuple(map(Path, args.data)), args.dtype, args.max_shard_size, args.tokenizer, args.chat_template,

@@ -35,8 +35,8 @@ METHODS = {
 
 # for models that share no base; each a verb of `trimtab merge` with files of its own
 TOOLS = {
-    "align": ("align", "Align"),
-    "pleas": ("pleas", "Pleas"),
+    "align": ("align.align", "Align"),
+    "pleas": ("pleas.pleas", "Pleas"),
 }
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.permutation import Group, Place, Spec
+from trimtab.merge.align.permutation import Group, Place, Spec
 
 _RENAMED = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX: in files, and in modules since transformers 5
 Batch = tuple[Tensor, Tensor]  # ids [B, T] int64, padded on the right; mask [B, T] int64

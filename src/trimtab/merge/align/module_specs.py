@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.permutation import Group, Place, Spec, check_function
+from trimtab.merge.align.permutation import Group, Place, Spec, check_function
 
 _EACH = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus, nn.Hardtanh, nn.Mish,
@@ -71,7 +71,7 @@ def module_spec(model: nn.Module, example: Tensor, tolerance: float = 1e-4, seed
     except Exception as error:
         raise UsageError(
             f"the {type(model).__name__} cannot be traced ({str(error).splitlines()[0]}): write its permutation spec by "
-            "hand, trimtab.merge.permutation.Spec"
+            "hand, trimtab.merge.align.permutation.Spec"
         ) from error
     spec = _Walk(model, graph.graph).spec()
     tested = copy.deepcopy(model).eval()

@@ -26,16 +26,16 @@ from torch import Tensor
 from trimtab.errors import UsageError
 from trimtab.files import digest, dump_json
 from trimtab.lm import LM
-from trimtab.merge.align import Align, AlignConfig
-from trimtab.merge.align_report import Found, measured
-from trimtab.merge.align_texts import Names, TextLoss, encode, forward
-from trimtab.merge.analysis import taylor
+from trimtab.merge.align.align import Align, AlignConfig
+from trimtab.merge.align.analysis import taylor
+from trimtab.merge.align.path import Path as LossPath
+from trimtab.merge.align.path import walk
+from trimtab.merge.align.permutation import Spec, apply, check_function, is_identity
+from trimtab.merge.align.report import Found, measured
+from trimtab.merge.align.specs import model_spec
+from trimtab.merge.align.texts import Names, TextLoss, encode, forward
 from trimtab.merge.card import TOKENIZER_FILES
-from trimtab.merge.path import Path as LossPath
-from trimtab.merge.path import walk
-from trimtab.merge.permutation import Spec, apply, check_function, is_identity
 from trimtab.merge.source import MERGEABLE, Folder, Source
-from trimtab.merge.specs import model_spec
 from trimtab.merge.writer import Shards
 from trimtab.prompts import read_prompts
 from trimtab.run import RunDirectory

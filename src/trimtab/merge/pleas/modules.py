@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.least_squares import Fitted
-from trimtab.merge.permutation import Spec
-from trimtab.merge.pleas_blocks import Units
-from trimtab.merge.pleas_layers import (
+from trimtab.merge.align.permutation import Spec
+from trimtab.merge.pleas.blocks import Units
+from trimtab.merge.pleas.layers import (
     CONVOLUTIONS,
     UNITWISE,
     Batch,
@@ -26,7 +25,8 @@ from trimtab.merge.pleas_layers import (
     weight_axes,
     weight_of,
 )
-from trimtab.merge.size_budget import LayerCost
+from trimtab.merge.pleas.least_squares import Fitted
+from trimtab.merge.pleas.size_budget import LayerCost
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Two modules, matched and measured once, merged at any size: what `trimtab.merge.pleas` describes, step by step."""
+"""Two modules, matched and measured once, merged at any size: what `trimtab.merge.pleas.pleas` describes, step by step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.least_squares import Fitted, Moments, fit, unfolded
-from trimtab.merge.path import has_batch_norm, reestimate
-from trimtab.merge.permutation import Permutations, Spec
-from trimtab.merge.pleas_blocks import Units, axis_units, block_start, match_scores, padded, split
-from trimtab.merge.pleas_layers import (
+from trimtab.merge.align.path import has_batch_norm, reestimate
+from trimtab.merge.align.permutation import Permutations, Spec
+from trimtab.merge.pleas.blocks import Units, axis_units, block_start, match_scores, padded, split
+from trimtab.merge.pleas.layers import (
     CONVOLUTIONS,
     Batch,
     aliases,
@@ -31,17 +30,18 @@ from trimtab.merge.pleas_layers import (
     weight_axes,
     weight_of,
 )
-from trimtab.merge.pleas_modules import LayerError, Merged, head_layer, layer_costs, resize
-from trimtab.merge.size_budget import Budget, check_target, ratios
+from trimtab.merge.pleas.least_squares import Fitted, Moments, fit, unfolded
+from trimtab.merge.pleas.modules import LayerError, Merged, head_layer, layer_costs, resize
+from trimtab.merge.pleas.size_budget import Budget, check_target, ratios
 
 if TYPE_CHECKING:
-    from trimtab.merge.pleas import PleasConfig
+    from trimtab.merge.pleas.pleas import PleasConfig
 
 
 class Pair:
     """Two modules of one architecture, matched; merges of any size share one pass over the inputs.
 
-    spec: groups of units under the names of `a.state_dict()` (`trimtab.merge.module_specs.module_spec` finds them).
+    spec: groups of units under the names of `a.state_dict()` (`trimtab.merge.align.module_specs.module_spec` finds them).
     inputs: a tensor [N, ...], a list of batches, or a mapping of either by domain. permutations: of B's units; None: matched
     here. scores: how well each pair of units matches, [n] a group; None: by weights. widen: names of the groups that may be
     widened; None: all that can be. Both models run in evaluation mode and are left as they are.
@@ -134,11 +134,11 @@ class Pair:
     def _matched(
         self, a: dict[str, Tensor], b: dict[str, Tensor], scores: Mapping[str, Tensor] | None
     ) -> tuple[Permutations, Mapping[str, Tensor] | None]:
-        from trimtab.merge.matching import match
+        from trimtab.merge.align.matching import match
 
         if self.config.match == "am":
-            from trimtab.merge.activations import collect as values_of
-            from trimtab.merge.activations import sites
+            from trimtab.merge.align.activations import collect as values_of
+            from trimtab.merge.align.activations import sites
 
             shown = sites(self.spec, self.a)
             values = [

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from trimtab.errors import UsageError
-from trimtab.merge.least_squares import Moments, outputs, patches
-from trimtab.merge.permutation import Group, Place, Spec
+from trimtab.merge.align.permutation import Group, Place, Spec
+from trimtab.merge.pleas.least_squares import Moments, outputs, patches
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 UNITWISE = (_BatchNorm, _InstanceNorm)  # norms that look at one unit at a time

@@ -10,8 +10,8 @@ that was flattened into `block` positions. start: a part of a fused tensor.
 A permutation is an index list, int64 [size]: applying it puts unit perm[i] of the old tensor at place i. Groups are applied
 in the order of `Spec.groups`: one that moves heads within blocks which another group moves comes after it.
 
-The test of a spec is that a permuted network computes what it did: `verify`. Specs are made by `trimtab.merge.specs`
-(language models, from their config) and `trimtab.merge.module_specs` (torch modules), or read from JSON (`Spec.from_dict`).
+The test of a spec is that a permuted network computes what it did: `verify`. Specs are made by `specs.py` (language models,
+from their config) and `module_specs.py` (torch modules), or read from JSON (`Spec.from_dict`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.merge.permutation import Permutations, Place, Spec, permute
+from trimtab.merge.align.permutation import Permutations, Place, Spec, permute
 
 Tensors = Mapping[str, Tensor]
 LARGEST = 1 << 25  # entries of the largest matrix whose singular vectors are asked for

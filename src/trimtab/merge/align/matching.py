@@ -30,7 +30,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from trimtab.errors import UsageError
-from trimtab.merge.permutation import Group, Place, Spec, apply, permute, units
+from trimtab.merge.align.permutation import Group, Place, Spec, apply, permute, units
 
 SILENT = ("running_mean", "running_var")  # of batch norms
 Progress = Callable[[str], None]

@@ -14,9 +14,9 @@ from torch import Tensor
 from trimtab.environment import environment
 from trimtab.measure.measurement import Figure, Line, Lines, Measurement, Row
 from trimtab.measure.stats import mean_interval, paired_difference
-from trimtab.merge.analysis import Directions, Reduction, alignment, l2_reduction, matrices, weighted_alignment
-from trimtab.merge.path import Path
-from trimtab.merge.permutation import Spec, is_identity
+from trimtab.merge.align.analysis import Directions, Reduction, alignment, l2_reduction, matrices, weighted_alignment
+from trimtab.merge.align.path import Path
+from trimtab.merge.align.permutation import Spec, is_identity
 from trimtab.policy import Cost
 
 SHARED = "identity: every unit is in its place already, so they share a base and can be merged without alignment"

@@ -5,7 +5,7 @@
     refit     every linear and convolution layer, by itself, to what the parents' layers do on the same inputs
 
 Nasery, Hayase, Koh, Oh 2024, arXiv 2407.02447, CVPR 2025; code SewoongLab/PLeaS-Merging. Which blocks there are:
-`pleas_blocks`; the fit: `least_squares`; how wide each group becomes: `size_budget`. Layers never see each other's merged
+`blocks`; the fit: `least_squares`; how wide each group becomes: `size_budget`. Layers never see each other's merged
 activations (teacher forcing), so one pass of each parent over unlabelled inputs serves all layers and all sizes. The inputs
 need not be the parents' own domains ("data-free" in the paper means public inputs): whatever is given is used.
 
@@ -41,10 +41,10 @@ from torch import nn
 
 from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.merge.permutation import Spec
-from trimtab.merge.pleas_modules import Merged
-from trimtab.merge.pleas_pair import Pair
-from trimtab.merge.size_budget import check_target
+from trimtab.merge.align.permutation import Spec
+from trimtab.merge.pleas.modules import Merged
+from trimtab.merge.pleas.pair import Pair
+from trimtab.merge.pleas.size_budget import check_target
 
 CARD = Card(
     slug="pleas",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import UsageError
-from trimtab.merge.permutation import Group, Place, Spec
+from trimtab.merge.align.permutation import Group, Place, Spec
 
 Shapes = Mapping[str, tuple[int, ...]]
 _LAYER = re.compile(r"^(.*?)\b(?:layers|h)\.(\d+)\.(.+)\.(weight|bias)$")

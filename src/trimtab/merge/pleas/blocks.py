@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UsageError
-from trimtab.merge.matching import SILENT
-from trimtab.merge.permutation import Group, Permutations, Place, Spec, Tensors, apply, permute, units
+from trimtab.merge.align.matching import SILENT
+from trimtab.merge.align.permutation import Group, Permutations, Place, Spec, Tensors, apply, permute, units
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UsageError
-from trimtab.merge.matching import match
-from trimtab.merge.path import interpolate
-from trimtab.merge.permutation import Spec, apply
+from trimtab.merge.align.matching import match
+from trimtab.merge.align.path import interpolate
+from trimtab.merge.align.permutation import Spec, apply
 
 Loss = Callable[[dict[str, Tensor], Any], Tensor]
 

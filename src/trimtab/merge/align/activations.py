@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.merge.matching import Matching, match
-from trimtab.merge.permutation import Group, Place, Spec, units
+from trimtab.merge.align.matching import Matching, match
+from trimtab.merge.align.permutation import Group, Place, Spec, units
 
 Where = Literal["input", "output"]
 Forward = Callable[[nn.Module, Any], Any]

@@ -8,7 +8,7 @@ bring it next to A:
     ste   by the loss of the mean, from wm on                    Git Re-Basin, section 3.3             `straight_through`
 
 What may be permuted in which architecture: `specs`. The straight path between A and B before and after, and why it is flat
-or not (arXiv 2402.04051): `path`, `analysis`. On folders: `align_run`; the command: `trimtab merge align A B --out DIR`.
+or not (arXiv 2402.04051): `path`, `analysis`. On folders: `run`; the command: `trimtab merge align A B --out DIR`.
 
 What it means: an L2 reduction and R that rise say that B's units have counterparts in A; a barrier near 0 says that the mean
 of A and the permuted B is about as good as the two are. The permuted B computes what B did, whatever else is said.
@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.merge.activations import activation_match
-from trimtab.merge.matching import match
-from trimtab.merge.permutation import Spec
-from trimtab.merge.straight_through import Loss, straight_through
+from trimtab.merge.align.activations import activation_match
+from trimtab.merge.align.matching import match
+from trimtab.merge.align.permutation import Spec
+from trimtab.merge.align.straight_through import Loss, straight_through
 
 CARD = Card(
     slug="align",

@@ -31,15 +31,15 @@ from torch import Tensor, nn
 
 from trimtab.errors import UsageError
 from trimtab.files import dump_json
-from trimtab.merge.align_texts import Names, TextLoss, encode
+from trimtab.merge.align.specs import model_spec
+from trimtab.merge.align.texts import Names, TextLoss, encode
 from trimtab.merge.plan import Plan, make_plan
-from trimtab.merge.pleas import PleasConfig
-from trimtab.merge.pleas_layers import Batch
-from trimtab.merge.pleas_modules import Merged
-from trimtab.merge.pleas_pair import Pair
+from trimtab.merge.pleas.layers import Batch
+from trimtab.merge.pleas.modules import Merged
+from trimtab.merge.pleas.pair import Pair
+from trimtab.merge.pleas.pleas import PleasConfig
 from trimtab.merge.recipe import Recipe
 from trimtab.merge.source import Entry, Source
-from trimtab.merge.specs import model_spec
 from trimtab.merge.writer import Shards
 from trimtab.run import RunDirectory, digest
 

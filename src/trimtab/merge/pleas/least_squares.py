@@ -1,7 +1,7 @@
 """A merged layer fitted to its two parents: least squares in closed form from streamed moments.
 
 A layer of A maps x_A to y_A, the same layer of B maps x_B to y_B, on the same inputs. With the units of the layer's input and
-output axes (`pleas_blocks.Units`) let
+output axes (`blocks.Units`) let
 
     X = [ (x_A[a] + x_B[b]) / 2 | x_A[a'] | x_B[b'] ],   Y = [ (y_A[a] + y_B[b]) / 2 | y_A[a'] | y_B[b'] ]
     min_W  |X W^T + 1 bias^T - Y|^2 + lam |W - W_0|^2    with the blocks (A, B) and (B, A) of W held at 0
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trimtab.errors import UsageError
-from trimtab.merge.pleas_blocks import Units
+from trimtab.merge.pleas.blocks import Units
 
 
 class Moments:
