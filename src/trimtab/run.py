@@ -63,8 +63,7 @@ class RunDirectory:
         UsageError: the folder holds something else, another run or other arguments, cannot be written, or is in use.
         """
         path = Path(path)
-        wanted = json.loads(dump_json({"kind": kind, "arguments": dict(arguments), "inputs": dict(inputs or {})}))
-        _refuse_foreign(path, wanted)
+        wanted = cls.check(path, kind, arguments, inputs)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -79,6 +78,15 @@ class RunDirectory:
             run.close()
             raise
         return run
+
+    @staticmethod
+    def check(
+        path: str | Path, kind: str, arguments: Mapping[str, Any], inputs: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """UsageError where `open` would refuse what the folder holds; reads only. Returns what its run.json says, or will."""
+        wanted = json.loads(dump_json({"kind": kind, "arguments": dict(arguments), "inputs": dict(inputs or {})}))
+        _refuse_foreign(Path(path), wanted)
+        return dict(wanted)
 
     def _begin(self, wanted: dict[str, Any]) -> None:
         # Looked at again now that nobody else can write: two first runs may have raced for the lock.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -51,6 +52,7 @@ UP, QUERY = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_pro
         (["linear", "--models", "a", "b"], 2.0, 2.0),
         (["linear", "--models", "a", "b", "--weights", "3", "1"], 1.5, 1.5),
         (["linear", "--models", "a", "b", "--weights", "0..1", "1..0"], 2.0, 2.0),
+        (["linear", "--models", "a", "b", "--weights", "-1..3", "-5e-1", "--normalize", "false"], -0.5, -0.5),
         (["linear", "--models", "a", "b", "--normalize", "false"], 4.0, 4.0),
         (["linear", "--models", "a", "b", "--normalize", "mlp=false", "true"], 4.0, 2.0),
         (["task-arithmetic", "--models", "a", "b", "--base", "base", "--weights", "0.5"], 2.0, 2.0),
@@ -117,7 +119,7 @@ ABO = ["--models", "a", "b", "--base", "base", "--out", "out"]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "unknown merging method"),
+        ([], "needs a method (linear, slerp,"),
         (["tiess", *ABO], "did you mean 'ties'"),
         (["inspct", "a", "--models", "a", "--out", "o"], "did you mean 'inspect'"),
         (["ties", *ABO, "--densty", "0.3"], "did you mean '--density'"),
@@ -130,7 +132,18 @@ ABO = ["--models", "a", "b", "--base", "base", "--out", "out"]
         (["ties", *ABO, "--density", "0.1", "0.2", "0.3"], "3 values for 2 models"),
         (["ties", *ABO, "--density", "0.1..x"], "no gradient"),
         (["ties", *ABO, "--weights", "1", "1", "1"], "3 weights for 2 models"),
+        (["ties", *ABO, "--weights", "1", "1", "1"], "give one a model"),
+        (["ties", *ABO, "--weights", "0.5,0.5"], "by spaces"),
         (["ties", *ABO, "--weights", "x", "1"], "no number"),
+        (["ties", *ABO, "--weights", "1e30", "--scale", "1e30"], "smaller --weights or --scale"),
+        (["ties", *ABO[:-1], "a"], "--out a is the folder of the model 'a'"),
+        (["ties", *ABO[:-1], "base/new"], "--out base/new lies in the folder of the model 'base'"),
+        (["linear", "--models", "a", "bb", "--out", "out"], "no model folder 'bb'"),
+        (["linear", "--models", "a", "", "--out", "out"], "the name of a model is empty"),
+        (["ties", "--models", "a", "b", "--base", "", "--out", "out"], "the name of a model is empty"),
+        (["linear", "--models", "pocket/bas", "nowhere", "--out", "out"], "2 problems: (1) unknown pocket model 'bas'"),
+        (["ties", "--models", "a", "b", "--base", "bass", "--out", "out"], "did you mean 'base'"),
+        (["linear", "--models", "a", "org/name", "--out", "out"], "hf download org/name"),
         (["ties", *ABO, "--dtype", "bf16"], "unknown dtype"),
         (["ties", *ABO, "--max-shard-size", "big"], "no size"),
         (["ties", *ABO, "--threads", "0"], "whole number of 1 or more"),
@@ -143,11 +156,14 @@ ABO = ["--models", "a", "b", "--base", "base", "--out", "out"]
         (["run"], "required"),
         (["run", "nothing.yaml", "--out", "out"], "cannot read nothing.yaml"),
         (["run", "x.yaml", "--out", "out", "--densty", "1"], "unknown option"),
+        (["run", "x.yaml", "--out", "out", "--density", "1"], "--density stands in the file"),
+        (["run", "x.yaml", "--out", "out", "--models", "a"], "--models stands in the file"),
         (["inspect"], "MODEL"),
         (["inspect", "a", "--bsae", "base"], "did you mean '--base'"),
         (["inspect", "a", "nowhere"], "nowhere"),
         (["inspect", "a", "--base", "nowhere"], "nowhere"),
         (["inspect", "a", "--out", "base"], "holds something else"),
+        (["inspect", "a", "--out", "a/seen"], "lies in the folder of the model 'a'"),
     ],
 )
 def test_what_cannot_work_ends_in_one_sentence(
@@ -175,6 +191,13 @@ def test_help_has_examples_and_needs_no_torch(words: list[str], wanted: list[str
     assert "examples:" in done.stdout
     for text in wanted:
         assert text in done.stdout, text
+
+
+def test_a_methods_help_has_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        merge("sce", "--help")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "--select-topk VALUE  " in said and "examples:" in said and "--models" in said
 
 
 # trimtab merge run
@@ -325,7 +348,23 @@ def test_inspect_of_weights_that_are_not_finite(here: Path, capsys: pytest.Captu
     write(here / "infinite", tensors, 3)
     assert merge("inspect", "infinite", "b", "--json", "-") == 0
     said = capsys.readouterr()
-    assert json.loads(said.out)["not_finite"] == ["lm_head.weight"] and "lm_head.weight: not finite" in said.err
+    found = json.loads(said.out)
+    assert found["not_finite"] == ["lm_head.weight"] and "lm_head.weight: not finite" in said.err
+    assert not found["mergeable"] and "cannot be merged" in said.err and "can be merged." not in said.err
+
+
+def test_inspect_takes_the_option_that_it_names(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(here / "half", {name: tensor.half() for name, tensor in read(here / "b").items()}, 3)
+    assert merge("inspect", "a", "half", "b") == 0
+    assert "give --dtype float32 or float16" in capsys.readouterr().out
+    assert merge("inspect", "a", "half", "b", "--dtype", "float32") == 0
+    assert "These can be merged." in capsys.readouterr().out
+
+
+def test_what_to_do_next_can_be_pasted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert merge("linear", "--models", "a", "b", "--out", "an ö ut") == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("use it: "))
+    assert shlex.split(line)[2:] == ["trimtab", "generate", "an ö ut", "PROMPT"]
 
 
 def test_a_report_on_a_merge(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,3 +397,14 @@ def test_a_report_on_slices_says_that_there_is_none(here: Path) -> None:
     found = json.loads((here / "out" / "report" / "merge-report.json").read_text())
     assert found["total"] is None and any("slices" in warning for warning in found["warnings"])
     assert value(here / "out", "model.layers.3.mlp.up_proj.weight") == 3
+
+
+def test_the_page_calls_models_by_the_ends_of_their_paths(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random(here)
+    assert merge("inspect", str(here / "ra"), str(here / "rb"), "--base", "rbase", "--out", "seen") == 0
+    html = (here / "seen" / "report.html").read_text()
+    assert "<strong>ra, rb</strong>" in html and "moved: ra" in html
+    (here / "deep").mkdir()
+    (here / "rb").rename(here / "deep" / "ra")
+    assert merge("inspect", "ra", "deep/ra", "--base", "rbase", "--out", "both") == 0
+    assert "<strong>ra, deep/ra</strong>" in (here / "both" / "report.html").read_text()

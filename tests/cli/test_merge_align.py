@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_a_shuffled_copy_comes_back_and_computes_what_it_did(
     out = tmp_path / "out put"
     assert main(words(folder, out, *more, b=b)) == 0
     said = capsys.readouterr()
-    assert "L2 reduction" in said.out and f"--models {folder / 'a'} {out}" in said.out
+    assert "L2 reduction" in said.out and f"--models {shlex.join([str(folder / 'a'), str(out)])} " in said.out
     a, found = load_file(folder / "a" / "model.safetensors"), load_file(out / "model.safetensors")
     assert a.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in a.items())
     assert torch.allclose(logits(out), logits(folder / b), atol=1e-4)  # sums in another order, float32
@@ -250,6 +251,19 @@ def a_nan(tensors: dict[str, torch.Tensor]) -> None:
 
 def one_less(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["model.norm.weight"]
+
+
+def test_adapters_and_parents_folders_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    for b, out, said in (
+        (tmp_path / "lora", tmp_path / "out", "fold it first, trimtab merge linear --models"),
+        (folder / "a", folder / "a" / "out", "lies in the folder of the model"),
+    ):
+        assert main(["merge", "align", str(folder / "a"), str(b), "--out", str(out)]) == 2
+        assert said in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize(

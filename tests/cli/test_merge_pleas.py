@@ -59,6 +59,8 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean '--budget'" in fails(capsys, *said, "--bugdet", "1.2")
     assert "one of auto, qp, uniform, zip" in fails(capsys, *said, "--scheme", "equal")
     assert "--data" in fails(capsys, "a", "b", "--out", "out")
+    assert "are required" in fails(capsys)
+    assert "lies in the folder of the model 'b'" in fails(capsys, *said[:-1], "b/out")
     assert "unknown option" in fails(capsys, *said, "--heads", "separate")  # for modules only
     assert "ridge must be 0 or more" in fails(capsys, *said, "--ridge", "-1")
     assert "there is no model folder" in fails(capsys, "a", "nowhere/b/c", "--data", "one.txt", "--out", "out")

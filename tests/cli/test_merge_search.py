@@ -11,6 +11,7 @@ import pytest
 from tiny import WORDS, tiny_lm
 from trimtab import LM
 from trimtab.cli import main
+from trimtab.merge.skills import Skill
 from trimtab.prompt.tuning import save, sft
 
 
@@ -55,9 +56,9 @@ def test_evaluate_says_what_became_of_each_skill(tmp_path: Path, capsys: pytest.
         assert f"{number:.3f}" in said.err
     kept = lines[0]["models"][1]["kept"]
     assert f"{100 * kept['share']:.0f} % [{100 * kept['low']:.0f}, {100 * kept['high']:.0f}] *" in said.err
-    stored = json.loads((out / "skills.json").read_text())
+    stored = json.loads((out / "report" / "skills.json").read_text())
     assert stored["lines"] == lines and stored["command"][:3] == ["trimtab", "merge", "task-arithmetic"]
-    page = (out / "skills.html").read_text()
+    page = (out / "report" / "skills.html").read_text()
     assert f"{lines[0]['models'][0]['value']:.3f}" in page and page.count("<svg") == 1 + len(lines)
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     assert LM.load(out).generate(["ba"]).texts  # what was put beside it leaves it a model
@@ -83,6 +84,25 @@ def test_a_skill_that_cannot_be_measured_stops_the_merge_before_it_begins(
 ) -> None:
     assert main(merge(tmp_path / "out", "nll:texts=b.txt", skill)) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_taken_folder_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert main(["merge", "linear", "--models", "b", "d", "--out", str(out)]) == 0
+    for words in (merge(out, "nll:texts=b.txt"), search(out, "--scale", "0:1"), search(Path("b/in"), "--scale", "0:1")):
+        monkeypatch.setattr(Skill, "measure", lambda *_, **__: pytest.fail("measured first"))
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "give those, or another --out" in said or "give another --out" in said
+    assert not Path("b/in").exists()
+
+
+def test_progress_names_models_as_the_user_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(merge(tmp_path / "out", "nll:texts=b.txt,name=skill")) == 0
+    said = capsys.readouterr().err
+    assert "skill of base" in said and "skill of the merge" in said and ".evaluated" not in said
 
 
 def search(out: Path, *more: str) -> list[str]:

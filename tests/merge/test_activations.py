@@ -113,3 +113,13 @@ def test_correlation_is_blind_to_scale_and_shift() -> None:
     same = standardised(values * 3 + 7)
     assert torch.allclose(same, standardised(values)) and torch.allclose(same.square().sum(0), torch.ones(8).double())
     assert standardised(torch.ones(5, 2)).abs().max() == 0  # a dead unit
+
+
+def test_padding_is_not_compared() -> None:
+    model, inputs = net(0), data(40)
+    keep = torch.arange(40) % 4 != 3
+    padded = torch.where(keep[:, None], inputs, 100.0)
+    found = collect(model, ["0", "3"], [padded], keep=lambda batch: keep)
+    wanted = collect(model, ["0", "3"], [inputs[keep]])
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)  # products in another order
+    assert len(collect(model, ["0"], [padded])["0"]) == 40

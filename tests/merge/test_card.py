@@ -76,6 +76,6 @@ def test_warnings_odd_names_and_no_command(here: Path) -> None:
     assert "## Warnings" in card and "- something to know\n" in card
     assert "`ein \\| Ordner 'x'`" in card  # a table's cell, a code span
     assert front(card)["base_model"] == [odd.name, "b"]  # an absolute path is of no use to others
-    assert "The command" not in card and "```bash\ntrimtab merge run merge.yaml" in card
+    assert "The command" not in card and "```bash\ntrimtab merge run DIR/merge.yaml" in card
     del plan.warnings[:]
     assert "## Warnings" not in model_card(plan, "")

@@ -136,6 +136,19 @@ def test_the_output_dtype_is_rounded_to_once(tmp_path: Path, odd: dict[str, Path
     assert narrow["ids"].dtype == torch.int64
 
 
+def test_float64_models_keep_all_of_their_digits(tmp_path: Path) -> None:
+    chance = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(9, 7, generator=chance, dtype=torch.float64)}
+    one, two = ({"w": base["w"] + 0.01 * torch.randn(9, 7, generator=chance, dtype=torch.float64)} for _ in range(2))
+    folders = [write(tmp_path / str(i), tensors) for i, tensors in enumerate((base, one, two))]
+    models = tuple(map(str, folders[1:]))
+    run(Recipe("linear", models), tmp_path / "mean")
+    # The same two operations as here, in float64: no more than the last digit may differ.
+    assert float((result(tmp_path / "mean")["w"] - (one["w"] + two["w"]) / 2).abs().max()) < 1e-15
+    run(Recipe("task-arithmetic", models, str(folders[0]), options={"scale": 0.0}), tmp_path / "base")
+    assert torch.equal(result(tmp_path / "base")["w"], base["w"])
+
+
 def test_what_is_written_loads_with_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -210,6 +223,19 @@ def test_a_finished_merge_is_left_alone_and_a_damaged_one_mended(tmp_path: Path,
     (out / "model.safetensors.index.json").write_text("{}")
     run(recipe, out)
     assert tree(out) == whole
+
+
+def test_what_another_version_made_of_an_unfinished_merge_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, odd: dict[str, Path]
+) -> None:
+    recipe, out = recipe_of(odd, "linear"), tmp_path / "out"
+    crash_before_publishing(monkeypatch, recipe, out)
+    here = engine.environment()
+    monkeypatch.setattr(engine, "environment", lambda: {**here, "trimtab": "another"})
+    assert run(recipe, out).resumed_bytes == 0, "a model is not made half by one version and half by the next"
+    monkeypatch.setattr(engine, "environment", lambda: here)
+    done = run(recipe, out)
+    assert done.resumed_bytes == done.nbytes, "what is finished is left alone"
 
 
 def test_a_resumed_merge_with_renamed_shards(

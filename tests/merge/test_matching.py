@@ -118,7 +118,7 @@ def test_it_reaches_the_enumerated_optimum() -> None:
 def test_a_group_on_two_axes_of_one_tensor_never_loses() -> None:
     """h + W h keeps one order for rows and columns; such a step is quadratic, and kept only where it gains."""
     group = Group("h", 6, (Place("w", 0), Place("w", 1), Place("in", 0), Place("out", 1)))
-    spec = Spec((group,))
+    spec, lone = Spec((group,)), Spec((Group("h", 6, (Place("w", 0), Place("w", 1))),))
     generator = torch.Generator().manual_seed(0)
     shapes = {"w": (6, 6), "in": (6, 3), "out": (2, 6)}
     for trial in range(20):
@@ -129,6 +129,9 @@ def test_a_group_on_two_axes_of_one_tensor_never_loses() -> None:
         found = match(spec, a, b, seed=trial)
         assert all(after > before for before, after in itertools.pairwise(dict.fromkeys(found.steps)))
         assert found.objective == pytest.approx(inner(a, apply(spec, found.permutations, b)), rel=1e-12)
+        # Where the linearised step would lose it is taken back: the last step is where the descent ends.
+        alone = match(lone, a, b, seed=trial)
+        assert alone.objective == pytest.approx(alone.steps[-1], rel=1e-9) and alone.objective >= alone.steps[0]
     planted = apply(spec, spec.random(generator), a)
     back = apply(spec, match(spec, a, planted, restarts=20).permutations, planted)
     assert distance(a, back) == 0.0

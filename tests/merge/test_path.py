@@ -139,3 +139,14 @@ def test_repair_of_a_model_with_itself_changes_nothing() -> None:
     same = copy.deepcopy(a)
     repair(same, [a, a], 0.5, ["0", "2"], inputs)
     assert torch.allclose(same(inputs), a(inputs), atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_is_no_flat_path() -> None:
+    """`max` passes over NaN: the barrier would be that of the other points."""
+
+    def loss(tensors: dict[str, Tensor]) -> dict[str, float]:
+        at = float(tensors["w"])
+        return {"loss": float("nan") if 0.4 < at < 0.6 else 1.0}
+
+    with pytest.raises(UsageError, match=r"the loss at 0\.5 of the path is nan"):
+        walk({"w": torch.zeros(())}, {"w": torch.ones(())}, loss, 5)

@@ -92,12 +92,17 @@ def test_other_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     a, b = save(tmp_path / "a"), save(tmp_path / "b", arch="mistral")
     line = linear(capsys, tmp_path / "out", a, b)
     assert "model_type llama in" in line and "mistral" in line
+    # Everything else that differs follows from that: advice on heads and tensors would mislead.
+    line = linear(capsys, tmp_path / "out", a, save(tmp_path / "c", arch="gpt2"))
+    assert "gpt2" in line and "problems" not in line and "--untie" not in line
 
 
 def test_dtypes_that_differ_need_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save(tmp_path / "a"), save(tmp_path / "b", seed=1, dtype=torch.bfloat16)
     line = linear(capsys, tmp_path / "out", a, b)
     assert "is float32 in" in line and "bfloat16 in" in line and "give --dtype float32 or bfloat16" in line
+    line = linear(capsys, tmp_path / "out", a, b, save(tmp_path / "c", dtype=torch.float16))
+    assert "problems" not in line and "give --dtype float32 or bfloat16 or float16" in line  # one option mends all
     code, said = merge(capsys, "linear", "--models", a, b, "--dtype", "float16", "--out", tmp_path / "out")
     assert code == 0, said
     found = tensors(tmp_path / "out")
@@ -220,6 +225,8 @@ def test_one_model_twice_and_zero_differences(tmp_path: Path, capsys: pytest.Cap
     assert any("one and the same" in one for one in make_plan(Recipe("linear", (str(a), str(same)))).warnings)
     code, said = merge(capsys, "ties", "--models", same, b, "--base", a, "--out", tmp_path / "zero")
     assert code == 0 and f"'{same}' seems to be the base '{a}': its differences are all zero" in said
+    warnings = make_plan(Recipe("ties", (str(a), str(a)), base=str(a))).warnings
+    assert len(warnings) == len(set(warnings)) == 2  # each is said once
     # The base as a model of a method without differences is a parent like any other.
     assert make_plan(Recipe("linear", (str(a), str(b)), base=str(same))).warnings == []
 
@@ -256,7 +263,8 @@ def test_counts_weights_and_options_are_checked_before_anything_is_written(
     a, b = pair
     out = tmp_path / "out"
     assert "slerp merges two models, not 3" in refused(capsys, out, "slerp", "--models", a, b, a)
-    assert "3 weights for 2 models" in refused(capsys, out, "linear", "--models", a, b, "--weights", "1", "2", "3")
+    line = refused(capsys, out, "linear", "--models", a, b, "--weights", "1", "2", "3")
+    assert "3 weights for 2 models" in line and "problems" not in line
     line = refused(capsys, out, "linear", "--models", a, b, "--weights", "1", "-1")
     assert "the weights sum to 0" in line and "--normalize false" in line and "problems" not in line
     line = refused(capsys, out, "ties", "--models", a, b, "--base", a, "--density", "1.5", "--dtype", "int4")

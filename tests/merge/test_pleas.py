@@ -13,6 +13,7 @@ from trimtab.errors import UsageError
 from trimtab.merge.align.matching import match
 from trimtab.merge.align.module_specs import module_spec
 from trimtab.merge.align.permutation import Spec, apply
+from trimtab.merge.pleas.layers import Batch
 from trimtab.merge.pleas.pair import Pair
 from trimtab.merge.pleas.pleas import PleasConfig, merge_modules
 
@@ -203,6 +204,24 @@ def test_a_group_under_a_layer_norm_is_held() -> None:
     assert any("everything that can be kept apart" in warning for warning in merged.warnings)
     with pytest.raises(UsageError, match="group '0' cannot be widened: .*LayerNorm"):
         pair.build({"0": 3})
+
+
+def test_gains_are_probed_on_all_domains_and_not_on_padding() -> None:
+    a, b = make("mlp", 0), make("mlp", 1)
+    one, two = data("mlp", 100).split(20), [part + 3.0 for part in data("mlp", 100, seed=8).split(20)]
+    spec = module_spec(a, one[0])
+    near = [
+        pair.nearness(pair.build({}, refit=False))
+        for inputs in ({"one": one, "two": two}, {"two": two, "one": one})
+        for pair in [Pair(a, b, spec, inputs, PleasConfig(statistics=0))]
+    ]
+    assert near[0] == pytest.approx(near[1], rel=1e-9), "the first domain alone was looked at"
+    batch = torch.cat([one[0], 100 * one[1]])
+    keep = torch.arange(40) < 20
+    padded = Pair(a, b, spec, [Batch((batch,), keep=keep)], PleasConfig(statistics=0))
+    plain = Pair(a, b, spec, [one[0]], PleasConfig(statistics=0))
+    found = [pair.nearness(pair.build({}, refit=False)) for pair in (padded, plain)]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_probed_gains_find_the_group_that_matters() -> None:

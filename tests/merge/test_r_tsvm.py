@@ -43,6 +43,12 @@ def test_a_task_is_as_strong_as_its_outliers() -> None:
     torch.testing.assert_close(merge.r_tsvm([one, 2 * two], [3.0, 0.5]), expected, atol=1e-10, rtol=0)
 
 
+def test_the_deviation_is_the_populations() -> None:
+    """Of 0, 0, 0, 10 it is 4.33 about 2.5 (a sample's: 5), so that 10 lies 1.73 of them above."""
+    sizes = torch.tensor([0.0, 0.0, 0.0, 10.0], dtype=torch.float64)
+    assert outlier_mass(sizes, 1.7) == 10.0 and outlier_mass(sizes, 1.8) == 0.0
+
+
 def test_strengths_and_ranks_are_the_formulas() -> None:
     one, two = shuffled(2)
     thin = two.clone()

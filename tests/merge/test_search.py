@@ -10,6 +10,7 @@ import pytest
 
 from tiny import WORDS, tiny_lm
 from trimtab.errors import UsageError
+from trimtab.measure.measuring import Asked
 from trimtab.measure.stats import paired_difference
 from trimtab.merge import search as searching
 from trimtab.merge.recipe import Recipe
@@ -116,12 +117,17 @@ def test_looking_at_the_trials_before_beats_not_looking() -> None:
     assert found.low is not None and found.low > 0, found
 
 
+def scored(texts: str, weight: float) -> Skill:
+    """A skill of which only the texts and the weight are looked at."""
+    return Skill("", "", None, Asked((Path(texts),)), (), weight)  # type: ignore[arg-type]
+
+
 def test_of_equal_settings_the_best_is_not_called_better() -> None:
     """All trials equal up to noise: over 200 searches of 12 trials the best is called better in at most 5 %, and some slack.
 
     The unadjusted test calls one better in a quarter of them, which shows that the check can fail.
     """
-    rng, skills = np.random.default_rng(0), [Skill("", "", None, None, (), 1.0)]  # type: ignore[arg-type]
+    rng, skills = np.random.default_rng(0), [scored("a", 1.0)]
     said = unadjusted = 0
     for _ in range(200):
         samples = rng.normal(size=(12, 30))
@@ -136,7 +142,7 @@ def test_of_equal_settings_the_best_is_not_called_better() -> None:
 
 def test_several_skills_are_one_score_with_one_interval() -> None:
     rng = np.random.default_rng(0)
-    skills = [Skill("", "", None, None, (), weight) for weight in (2.0, 0.5)]  # type: ignore[arg-type]
+    skills = [scored("a", 2.0), scored("b", 0.5)]
     inside = 0
     for _ in range(200):
         one, two = rng.normal(0.3, 1, 40), rng.normal(-1, 3, 25)
@@ -144,6 +150,24 @@ def test_several_skills_are_one_score_with_one_interval() -> None:
         assert mean == pytest.approx(2 * one.mean() + 0.5 * two.mean()) and low is not None and high is not None
         inside += low <= 2 * 0.3 - 0.5 <= high
     assert 0.91 < inside / 200 < 0.99
+
+
+def test_skills_of_the_same_texts_are_not_counted_as_independent() -> None:
+    """Two skills that say the same of every text are one: neither surer nor less sure than it, and units may lack one."""
+    rng, both = np.random.default_rng(0), [scored("a", 0.5), scored("a", 0.5)]
+    alarms = apart = 0
+    for _ in range(200):
+        values = [*rng.normal(size=30)]
+        found = searching._interval(both, [values, values])
+        assert found == pytest.approx(searching._interval([scored("a", 1.0)], [values]))
+        alarms += bool(found[3] is not None and found[3] <= 0.05)
+        other = searching._interval([both[0], scored("b", 0.5)], [values, values])[3]
+        apart += bool(other is not None and other <= 0.05)
+    assert alarms <= 200 * 0.05 + 1.96 * np.sqrt(200 * 0.05 * 0.95) < apart
+    mean, low, high, _ = searching._interval(both, [[1.0, None, 3.0, 1.0], [None, None, 1.0, 2.0]])
+    assert (
+        mean == pytest.approx(0.5 * 5 / 3 + 0.5 * 3 / 2) and low is not None and high is not None and low < mean < high
+    )
 
 
 def test_the_best_is_merged_and_beats_the_parents(models: Path, tmp_path: Path) -> None:

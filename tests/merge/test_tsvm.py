@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merge.parents import SHAPES, changes, in_parts, lower_bound
+from merge.parents import SHAPES, changes, in_parts, lower_bound, write_model
 from trimtab import merge
+from trimtab.merge import Recipe, run
 from trimtab.merge.method import Place
 from trimtab.merge.methods.tsvm import Tsvm, TsvmConfig, polar
 
@@ -77,6 +82,27 @@ def test_changes_on_orthogonal_subspaces_add_up(rank: int) -> None:
     assert error < 1e-12 if rank == 15 else error > 0.1
     trimmed = published([one.numpy(), two.numpy()], trim=1e-6)
     torch.testing.assert_close(torch.from_numpy(trimmed), one + two, atol=1e-10, rtol=0)
+
+
+def test_small_adapters_on_orthogonal_subspaces_add_up_on_a_large_base(tmp_path: Path) -> None:
+    """In float32 their differences to the base would have full rank: its rounding is above 1e-6 of such small changes."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base, deltas = normal((40, 30), 5).float(), [0.003 * delta for delta in disjoint(3)]
+    write_model(tmp_path / "base", {name: base})
+    for number, delta in enumerate(deltas):
+        u, s, vt = torch.linalg.svd(delta)
+        factors = {"A": vt[:3].float().contiguous(), "B": (u[:, :3] * s[:3]).float().contiguous()}
+        (tmp_path / str(number)).mkdir()
+        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "base_model_name_or_path": str(tmp_path / "base")}
+        (tmp_path / str(number) / "adapter_config.json").write_text(json.dumps(config))
+        module = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+        stored = {f"{module}_{which}.weight": factor for which, factor in factors.items()}
+        save_file(stored, tmp_path / str(number) / "adapter_model.safetensors")
+    recipe = Recipe("tsvm", (str(tmp_path / "0"), str(tmp_path / "1")), str(tmp_path / "base"))
+    run(recipe, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")[name]
+    # The sum is stored in float32: half a unit in the last place of numbers up to 4.
+    torch.testing.assert_close(merged.double(), base.double() + sum(deltas), atol=2.5e-7, rtol=0)
 
 
 def test_two_changes_of_rank_three_in_a_matrix_of_rank_eight() -> None:

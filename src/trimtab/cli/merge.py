@@ -40,8 +40,12 @@ def run(words: list[str]) -> None:
         return
     parser = _parser()
     # Looked at first: a mistyped verb would be told of options that it does not have.
-    if not words or not (words[0].startswith("-") or words[0] in METHODS or words[0] in _plugins()):
-        raise unknown("merging method", words[0] if words else "", {**METHODS, **VERBS})
+    if not words:
+        raise UsageError(f"trimtab merge needs a method ({', '.join(METHODS)}) or one of {', '.join(VERBS)}")
+    if not (words[0].startswith("-") or words[0] in METHODS or words[0] in _plugins()):
+        raise unknown("merging method", words[0], {**METHODS, **VERBS})
+    if words[0] in METHODS and {"-h", "--help"} & {*words}:
+        parser.description = f"{parser.description}\n\n{_own_options(words[0])}"
     ours, options = split_words(words, parser.flags())
     args = parser.parse(ours)
     if args.method not in METHODS and args.method not in _plugins():
@@ -71,10 +75,23 @@ def _parser() -> Parser:
     return parser
 
 
+def _own_options(method: str) -> str:
+    """What a method takes besides the options of all. Only for its --help: the list is read from code that needs torch."""
+    from trimtab import catalogue
+
+    lines = [f"{method}: {catalogue.card(method).summary}"]
+    for key, (_, default, text) in catalogue.options(method).items():
+        flag = f"  --{key.replace('_', '-')} VALUE"
+        lines += textwrap.wrap(f"{text} ({default})", 100, initial_indent=f"{flag:<23} ", subsequent_indent=" " * 24)
+    return "\n".join(lines)
+
+
 def add_output(parser: Parser) -> None:
     """The options that every merge has."""
     parser.add_argument("--out", required=True, metavar="DIR", help="the merged model; the same command resumes")
-    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16 (the base's)")
+    parser.add_argument(
+        "--dtype", metavar="T", help="float32, bfloat16, float16, float64 (the base's or first model's)"
+    )
     parser.add_argument(
         "--work-dtype", default="float32", metavar="T", help="arithmetic in float32 (default) or float64"
     )
@@ -109,6 +126,9 @@ def _merge(args: Namespace, options: dict[str, list[str]], flags: list[str], wor
     from trimtab.merge.schedule import parse_words
 
     settings = settings_of(args.method, options, catalogue.options(args.method), flags)
+    commas = next((word for word in args.weights or () if "," in word), None)
+    if commas is not None:
+        raise UsageError(f"--weights {commas}: separate the weights by spaces, one a model")
     weights = None if args.weights is None else [parse_words([word], "--weights") for word in args.weights]
     if weights is not None and len(weights) == 1:
         weights *= len(args.models)
@@ -122,12 +142,14 @@ def _merge(args: Namespace, options: dict[str, list[str]], flags: list[str], wor
 def carry_out(recipe: Any, args: Namespace, words: list[str]) -> None:
     """Merges, evaluates and reports, as the options of `add_output` and `add_after` say, and says what was done."""
     from trimtab.cli.merge_skills import Evaluation
+    from trimtab.merge.checks import refuse_inside
     from trimtab.merge.engine import run as run_merge
 
     command = ["trimtab", "merge", *words]
     found: dict[str, Any] = {}
+    refuse_inside([*recipe.models, *([recipe.base] if recipe.base else [])], args.out)
     with progress() as say:
-        evaluation = Evaluation.before(args.evaluate, recipe, say) if args.evaluate else None
+        evaluation = Evaluation.before(args.evaluate, recipe, args.out, say) if args.evaluate else None
         done = run_merge(recipe, args.out, args.threads, say, shlex.join(command))
         if evaluation is not None:
             found["skills"] = evaluation.of(done.path, say, command)
@@ -163,14 +185,15 @@ def report_merged(done: Any, json_to: str | None, **more: Any) -> None:
     again = f", {_size(done.resumed_bytes)} of it earlier" if done.resumed_bytes else ""
     print(
         f"merged: {done.path} ({done.tensors} tensors, {_size(done.nbytes)} in {done.seconds:.1f} s{again})\n"
-        f"use it: trimtab generate {done.path} PROMPT",
+        f"use it: trimtab generate {shlex.quote(str(done.path))} PROMPT",
         file=text_stream(json_to),
     )
     if "skills" in more:
         from trimtab.cli.merge_skills import print_skills
+        from trimtab.merge.after import FOLDER as REPORT
 
         print_skills(more["skills"], text_stream(json_to))
-        print(f"report: {done.path / 'skills.html'}", file=text_stream(json_to))
+        print(f"skills: {done.path / REPORT / 'skills.html'}", file=text_stream(json_to))
     if "report" in more:
         print(f"report: {more['report']}", file=text_stream(json_to))
     found = {"schema": 1, "path": str(done.path), "tensors": done.tensors, "bytes": done.nbytes}

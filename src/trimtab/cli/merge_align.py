@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def run(words: list[str]) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="longest file (5GB)")
     add_json(parser)
     parser.usage = "trimtab merge align A B --out DIR [--texts FILE] [--residual] [--KEY VALUE ...]"
+    from trimtab.merge.adapter import is_adapter
     from trimtab.merge.align.align import AlignConfig  # here: it imports torch
+    from trimtab.merge.checks import refuse_inside
     from trimtab.merge.recipe import Recipe
     from trimtab.spec import build
 
@@ -55,6 +58,12 @@ def run(words: list[str]) -> None:
         if path is not None and not Path(path).is_file():
             raise UsageError(f"there is no file {path}")
     _check_out(args.out)
+    refuse_inside((args.a, args.b), args.out)
+    for model in (args.a, args.b):
+        if is_adapter(model):
+            raise UsageError(
+                f"{model} is a LoRA adapter: fold it first, trimtab merge linear --models {shlex.quote(model)} --out FOLDED"
+            )
     size = Recipe("linear", (args.a,), max_shard_size=args.max_shard_size).shard_bytes
     from trimtab.cli.measured import print_measured
     from trimtab.merge.align.run import Asked, align_folders
@@ -67,9 +76,10 @@ def run(words: list[str]) -> None:
         found = align_folders(asked, args.out, config, say, command)
     print_measured(found, text_stream(args.json))
     out = Path(args.out)
+    pair = shlex.join([args.a, str(out)])
     print(
         f"aligned: {out}\nreport: {out / 'report.html'}\n"
-        f"average: trimtab merge linear --models {args.a} {out} --weights 0.5 0.5 --out merged",
+        f"average: trimtab merge linear --models {pair} --weights 0.5 0.5 --out merged",
         file=text_stream(args.json),
     )
     write_result(args.json, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, TextIO
 
 from trimtab.cli.arguments import Parser, add_json, whole
@@ -29,6 +29,7 @@ def run(words: list[str]) -> None:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders, LoRA adapters, pocket/NAME")
     parser.add_argument("--base", metavar="MODEL", help="what they were fine-tuned from")
+    parser.add_argument("--dtype", metavar="T", help="where they differ: what the merge would be written in")
     add_choices(parser)
     parser.add_argument("--out", metavar="DIR", help="report.html and merge-report.json")
     parser.add_argument("--threads", type=whole(1), default=None, metavar="N", help="tensors at a time (one a core)")
@@ -36,13 +37,16 @@ def run(words: list[str]) -> None:
     args = parser.parse(words)
     check_json(args.json)
 
+    from trimtab.merge.checks import refuse_inside
     from trimtab.merge.recipe import Recipe
 
     out = _empty_or_ours(args.out)
+    if out is not None:
+        refuse_inside([*args.models, *([args.base] if args.base else [])], out)
     with progress() as say:
         recipe = Recipe(
             "linear" if args.base is None else "task-arithmetic", tuple(args.models), args.base,
-            tokenizer=args.tokenizer, chat_template=args.chat_template, untie=args.untie,
+            dtype=args.dtype, tokenizer=args.tokenizer, chat_template=args.chat_template, untie=args.untie,
         )  # fmt: skip
         found = inspect(recipe, args.threads, say, ["trimtab", "merge", "inspect", *words])
     if out is not None:
@@ -77,6 +81,9 @@ def inspect(recipe: Any, threads: int | None, say: Any, command: Sequence[str]) 
         warnings, sources, base_source = plan.warnings, plan.models, plan.base
         names = [(one.name, one.names, one.base_name) for one in plan.outputs if one.method is not None]
     found = measure(sources, base_source, names, None, threads, say)
+    if found.not_finite:
+        where = f"{len(found.not_finite)} tensors, first {found.not_finite[0]!r}"
+        problems.append(f"weights that are not finite numbers, in {where}: repair them, or leave their model out")
     parents = {source.name: source.fingerprint for source in [*sources, *([base_source] if base_source else [])]}
     return report(found, advise(found), problems, warnings, parents, command)
 
@@ -116,9 +123,10 @@ def _table(found: Mapping[str, Any], rows: Mapping[str, Any], title: str) -> Any
     from rich.table import Table
     from rich.text import Text
 
+    from trimtab.report.merged import brief
+
     several, merged = len(found["models"]) > 1, "merged" in (found["total"] or {})
-    names = [PurePath(model).name for model in found["models"]]
-    names = names if len({*names}) == len(names) else found["models"]
+    names = brief(found["models"])
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(title)
     moved = "moved" if found["base"] is not None else "length"

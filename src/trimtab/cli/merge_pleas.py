@@ -58,7 +58,10 @@ def run(words: list[str]) -> None:
     for path in args.data:
         if not Path(path).is_file():
             raise UsageError(f"there is no file {path}: --data takes files of texts")
+    from trimtab.merge.checks import refuse_inside
     from trimtab.merge.pleas.models import Asked, merge_folders
+
+    refuse_inside((args.a, args.b), args.out)
 
     asked = Asked(
         args.a, args.b, tuple(map(Path, args.data)), args.dtype, args.max_shard_size, args.tokenizer, args.chat_template,
@@ -86,7 +89,7 @@ def _print(found: dict[str, Any], out: str, stream: Any) -> None:
     for name, row in found["losses"].items():
         values = "  ".join(f"{row[key]:6.3f}" for key in ("a", "b", "merged"))
         print(f"{name:<{max(width, 19)}}  {values}   {found['shares'][name]:.2f}", file=stream)
-    print(f"merged: {out}\nuse it: trimtab generate {out} PROMPT", file=stream)
+    print(f"merged: {out}\nuse it: trimtab generate {shlex.quote(out)} PROMPT", file=stream)
 
 
 def _flags(config: Any) -> dict[str, bool]:
@@ -105,7 +108,7 @@ def _flags(config: Any) -> dict[str, bool]:
 def _with_values(words: list[str], known: dict[str, bool]) -> list[str]:
     """`--residual` alone means `--residual true`."""
     out = []
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words, ""][1:], strict=True):
         out.append(word)
         if known.get(word) and after.lower() not in (*TRUE, *FALSE):
             out.append("true")

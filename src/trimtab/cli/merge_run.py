@@ -33,6 +33,9 @@ def run(words: list[str]) -> None:
     add_output(parser)
     add_after(parser)
     parser.set_defaults(**dict.fromkeys(KEYS))
+    for word in words:
+        if (flag := word.partition("=")[0]).startswith("--") and flag not in parser.flags() and flag in _in_the_file():
+            raise UsageError(f"{flag} stands in the file that trimtab merge run reads: change it there")
     args = parser.parse(words)
     check_json(args.json)
 
@@ -56,6 +59,15 @@ def recipe_of(path: str) -> tuple[Any, list[str]]:
         return Recipe.from_dict(data), []
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def _in_the_file() -> set[str]:
+    """Options of `trimtab merge METHOD` that a file has in their place."""
+    from trimtab import catalogue
+    from trimtab.merge import METHODS
+
+    keys = {"models", "base", "weights", *(key for method in METHODS for key in catalogue.options(method))}
+    return {f"--{key.replace('_', '-')}" for key in keys}
 
 
 def _given(args: Namespace) -> dict[str, Any]:

@@ -24,23 +24,26 @@ class Evaluation:
     subjects: Any
 
     @classmethod
-    def before(cls, specs: Sequence[str], recipe: Any, say: Callable[[str], None]) -> Evaluation:
-        """UsageError for a skill that is none or cannot be measured on the parents and the base, and for a bad recipe."""
+    def before(cls, specs: Sequence[str], recipe: Any, out: str, say: Callable[[str], None]) -> Evaluation:
+        """UsageError for a skill that is none or cannot be measured on the parents, for a bad recipe, for a taken `out`."""
         from trimtab.merge.plan import make_plan
         from trimtab.merge.skills import Skill, Subjects, measure_before
+        from trimtab.run import RunDirectory
 
         skills = [Skill.parse(spec) for spec in specs]
-        make_plan(recipe)
+        plan = make_plan(recipe)
+        RunDirectory.check(out, "merge", recipe.to_dict(), plan.inputs)  # before minutes of measuring
         subjects = Subjects.of(recipe.models, recipe.base)
         measure_before(skills, subjects, say)
         return cls(skills, subjects)
 
     def of(self, merged: Path, say: Callable[[str], None], command: Sequence[str]) -> dict[str, Any]:
-        """The table as JSON values; also in skills.json and skills.html beside the model."""
+        """The table as JSON values; also in skills.json and skills.html in the model's report/."""
+        from trimtab.merge.after import FOLDER
         from trimtab.merge.skills import evaluate, write_skills
 
         found = evaluate(self.skills, self.subjects, merged, say)
-        write_skills(found, merged, command)
+        write_skills(found, merged / FOLDER, command)
         return found
 
 

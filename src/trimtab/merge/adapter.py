@@ -5,8 +5,8 @@
 
 Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. Reads what peft writes (adapter_config.json
 and adapter_model.safetensors), biases and modules saved whole included, and equals its `merge_and_unload`, but for rounding:
-peft rounds to the base's dtype, this hands on the float32 sum, so that bfloat16 does not swallow small changes before they
-are merged.
+peft rounds to the base's dtype, this hands on the sum in float64, so that no rounding swallows small changes before they are
+merged.
 
 What is more than a sum (DoRA, PiSSA's residual bases, other kinds of peft) is refused: fold it with peft first.
 
@@ -230,13 +230,14 @@ class Adapter(Source):
         low = self._low.get(name)
         if low is None:
             return rows
+        # Added up in float64: a float32 sum would bury a small change of low rank in noise of full rank.
         work = torch.float64 if rows.dtype == torch.float64 else torch.float32
         stop = start + len(rows)
         if low.across:
             left, right = self.weights.read(low.a)[:, start:stop].T, self.weights.read(low.b).T
         else:
             left, right = self.weights.read(low.b, start, stop), self.weights.read(low.a)
-        return rows.to(work).add_(left.to(work) @ right.to(work), alpha=low.scale)
+        return rows.to(torch.float64).add_(left.to(work) @ right.to(work), alpha=low.scale)
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]

@@ -75,7 +75,8 @@ def _same(found: Geometry) -> list[Advice]:
     for a, b in combinations(range(len(found.models)), 2):
         cosine = total.cosine(a, b)
         if cosine is not None and cosine > 1 - 1e-12 and abs(total.norm(a) - total.norm(b)) <= 1e-12 * total.norm(a):
-            text = f"{found.models[a]} and {found.models[b]} are the same model: its weight counts twice"
+            what = "alike in all that is finite" if found.not_finite else "the same model: its weight counts twice"
+            text = f"{found.models[a]} and {found.models[b]} are {what}"
             out.append(Advice("same", text, cosine, 1.0))
     return out
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trimtab.merge.advice import advise
 from trimtab.merge.geometry import measure, steps
 from trimtab.merge.method import Method, Part, Place
@@ -57,7 +55,7 @@ def method_notes(plan: Plan, output: Output) -> dict[str, Any]:
     if method is None or type(method).notes is Method.notes or not output.entry.numel:
         return {}
     place = Place(output.name, output.entry.shape, output.weights, plan.recipe.seed, output.embedding)
-    work = getattr(torch, plan.recipe.work_dtype)
+    work = plan.work_dtype(output)
     deltas = plan.base is not None and method.on_deltas(True)
     row = place.numel // place.shape[0] if place.shape else 1
 

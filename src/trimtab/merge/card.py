@@ -72,10 +72,11 @@ def model_card(plan: Plan, command: str) -> str:
     ]
     lines += ["The command:", "", "```bash", command, "```", ""] if command else []
     lines += [
-        f"Again, from this folder's recipe, with trimtab {__version__} and the parents at the same paths:",
+        f"Again, from the recipe in this folder (here DIR), with trimtab {__version__} and the parents at the same paths "
+        "(relative ones count from the directory in which the command is given):",
         "",
         "```bash",
-        f"trimtab merge run {RECIPE} --out again",
+        f"trimtab merge run DIR/{RECIPE} --out again",
         "```",
         "",
     ]

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from trimtab.checkpoint import local_folder
+from trimtab.errors import UsageError
+from trimtab.merge.adapter import is_adapter
 from trimtab.merge.heads import embedding_of, head_of, same_ends, setting, tied
 from trimtab.merge.recipe import Recipe
 from trimtab.merge.source import MERGEABLE, Source, View
@@ -32,6 +36,25 @@ HARMLESS = re.compile(
     r"max_position_embeddings|n_positions|n_ctx|quantization_config|rope_theta|rope_parameters|rope_scaling|text_config|"
     r"output_attentions|output_hidden_states|return_dict|gradient_checkpointing|problem_type|summary_\w+|_\w+|\w*_pdrop"
 )
+
+
+def _folder(name: str) -> Path | None:
+    """Where a parent lies; None for one that is not there, which the plan says with all else that is wrong."""
+    try:
+        return Path(name) if is_adapter(name) else local_folder(name)
+    except UsageError:
+        return None
+
+
+def refuse_inside(names: Iterable[str], out: str | Path) -> None:
+    """UsageError for an output folder that is a parent's, or lies in one: a merge must not change its parents."""
+    place = Path(out).resolve()
+    for name in names:
+        for part in dict.fromkeys((name, *name.split("+"))):
+            folder = _folder(part)
+            if folder is not None and place.is_relative_to(folder.resolve()):
+                where = "is" if place == folder.resolve() else "lies in"
+                raise UsageError(f"--out {out} {where} the folder of the model {name!r}: give another --out")
 
 
 def quantised(source: Source) -> list[str]:
@@ -68,6 +91,12 @@ def structure(like: Source, model: Source, sliced: bool) -> list[str]:
     return [f"{', '.join(problems)}: {mend}"]
 
 
+def stranger(like: Source, model: Source) -> bool:
+    """Whether a model is of another architecture."""
+    one, two = setting(like.config, "model_type"), setting(model.config, "model_type")
+    return one is not None and two is not None and one != two
+
+
 def function(like: Source, model: Source) -> list[str]:
     """Settings that make the same weights compute something else."""
     one, two = _settings(like.config), _settings(model.config)
@@ -96,8 +125,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def tensors(like: Source, model: Source, dtype: str | None, sliced: bool, skip_rows: Iterable[str] = ()) -> list[str]:
-    """Missing and extra tensors, other shapes, other dtypes. skip_rows: tensors whose rows are another problem's matter."""
+def tensors(like: Source, model: Source, sliced: bool, skip_rows: Iterable[str] = ()) -> list[str]:
+    """Missing and extra tensors, other shapes. skip_rows: tensors whose rows are another problem's matter."""
     one, two, problems = like.entries, model.entries, []
     for mine, other, who, whose in ((one, two, model, like), (two, one, like, model)):
         lacks = sorted(mine.keys() - other.keys())
@@ -115,18 +144,32 @@ def tensors(like: Source, model: Source, dtype: str | None, sliced: bool, skip_r
             f"{name!r} has the shape {one[name].shape} in {like.name!r} and {two[name].shape} in {model.name!r}{more}: merge "
             "models of one size"
         )
-    for name in (name for name in both if one[name].dtype != two[name].dtype):
-        floats = one[name].dtype in MERGEABLE and two[name].dtype in MERGEABLE
-        if floats and dtype is not None:
-            continue
-        count = sum(one[name].dtype != two[name].dtype for name in both)
+    return problems
+
+
+def dtypes(like: Source, models: Sequence[Source], dtype: str | None) -> list[str]:
+    """Other dtypes: one problem for all models that have them, since one option mends it."""
+    odd: dict[tuple[bool, str], list[tuple[Source, int]]] = {}
+    for model in models:
+        one, two = like.entries, model.entries
+        for floats in (True, False):
+            names = [
+                name
+                for name in sorted(one.keys() & two.keys())
+                if one[name].dtype != two[name].dtype
+                and floats == (one[name].dtype in MERGEABLE and two[name].dtype in MERGEABLE)
+            ]
+            if names and not (floats and dtype is not None):
+                odd.setdefault((floats, names[0]), []).append((model, len(names)))
+    problems = []
+    for (floats, name), found in odd.items():
+        mine, count = word(like.entries[name].dtype), max(number for _, number in found)
+        theirs = [(word(model.entries[name].dtype), model.name) for model, _ in found]
+        choices = " or ".join(dict.fromkeys((mine, *(kind for kind, _ in theirs))))
+        others = ", ".join(f"{kind} in {called!r}" for kind, called in theirs)
         more = f" (and {count - 1} more tensors differ so)" if count > 1 else ""
-        mend = (
-            f"give --dtype {word(one[name].dtype)} or {word(two[name].dtype)}" if floats else "merge models of one kind"
-        )
-        kinds = f"{word(one[name].dtype)} in {like.name!r} and {word(two[name].dtype)} in {model.name!r}"
-        problems.append(f"{name!r} is {kinds}{more}: {mend}")
-        break
+        mend = f"give --dtype {choices}" if floats else "merge models of one kind"
+        problems.append(f"{name!r} is {mine} in {like.name!r} and {others}{more}: {mend}")
     return problems
 
 
@@ -198,7 +241,7 @@ def _view(source: Source, names: dict[str, str]) -> Source:
 
 def same_models(models: Sequence[Source], base: Source | None, deltas: bool) -> list[str]:
     """Warnings for one model given twice, and for models that are the base."""
-    warnings = []
+    warnings: list[str] = []
     prints = [model.fingerprint for model in models]
     for i, model in enumerate(models):
         for j in range(i):
@@ -212,7 +255,7 @@ def same_models(models: Sequence[Source], base: Source | None, deltas: bool) -> 
             warnings.append(
                 f"the model {model.name!r} seems to be the base {base.name!r}: its differences are all zero"
             )
-    return warnings
+    return [*dict.fromkeys(warnings)]
 
 
 def unused_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trimtab.environment import environment
 from trimtab.errors import TrimtabError, UsageError
 from trimtab.merge.card import write_around
 from trimtab.merge.method import Part, Place
@@ -39,6 +40,7 @@ from trimtab.run import RunDirectory
 
 PART = 1 << 18  # entries of a part, about
 SYNC_BYTES, SYNC_SECONDS = 1 << 28, 2.0
+MAKERS = ("trimtab", "commit", "torch", "machine")  # of the environment: what may change a tensor's bytes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # The bits of infinity, by size and type: what is not finite has these or more, the sign aside.
 INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF0 << 48}
@@ -100,6 +102,8 @@ class _Merge:
         self.plan, self.folder, self.threads, self.progress = plan, folder, threads, progress
         self.shards = Shards(folder.path, {one.name: one.entry for one in plan.outputs}, plan.recipe.shard_bytes)
         self.stop = threading.Event()
+        here = environment()
+        self.made_by = {name: here[name] for name in MAKERS}
         self.start = self.told = self.synced = time.monotonic()
         self.written = 0
 
@@ -154,8 +158,13 @@ class _Merge:
         return f"weights that are not finite numbers, in {len(found)} tensors: {', '.join(found[:20])}: repair or leave out"
 
     def _known(self) -> set[str]:
-        """Tensors that an interrupted run has put on disk and that are still as it left them."""
-        sums = {name: total for row in self.folder.events("merged") for name, total in row["sums"].items()}
+        """Tensors that an interrupted run has put on disk and that are still as it left them.
+
+        Those of an unfinished merge by another version count for nothing: one model is not made in two ways.
+        """
+        finished, rows = self.folder.events("finished"), self.folder.events("merged")
+        same = [row for row in rows if finished or row.get("made_by") == self.made_by]
+        sums = {name: total for row in same for name, total in row["sums"].items()}
         sums = {name: total for name, total in sums.items() if name in self.shards.entries}
         damaged = [name for name, total in sums.items() if self.shards.checksum(name) != int(total)]
         if damaged and self.progress is not None:
@@ -193,7 +202,7 @@ class _Merge:
         if not sums or not (last or size > SYNC_BYTES or time.monotonic() - self.synced > SYNC_SECONDS):
             return sums
         self.shards.sync()
-        self.folder.event("merged", sums=sums)
+        self.folder.event("merged", made_by=self.made_by, sums=sums)
         self.synced = time.monotonic()
         return {}
 
@@ -232,7 +241,7 @@ def merge_tensor(plan: Plan, output: Output, stop: threading.Event | None = None
         yield 0, source.read(name).to(output.entry.dtype)
         return
     place = Place(output.name, output.entry.shape, output.weights, plan.recipe.seed, output.embedding)
-    work = getattr(torch, plan.recipe.work_dtype)
+    work = plan.work_dtype(output)
     deltas = method.on_deltas(plan.base is not None)
 
     checked: set[int] = set()  # parts that were finite: not looked at again in later passes

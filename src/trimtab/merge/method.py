@@ -9,7 +9,8 @@ their differences to the base where `DELTAS`. What `merge` returns is of the sam
 engine adds to the base. A method that cannot work on parts says so in `whole`, and gets one.
 
 The result must not depend on how a tensor is cut. So chance is addressed by place: `part.uniform(model)` depends on the seed,
-the tensor's name, the parent and the entry's index alone.
+the tensor's name, the parent and the entry's index alone. (Sums over a tensor in float64, such as inner products, depend on
+the cut in their last digit, and so may, rarely, an entry's; the engine's cuts follow from the shape alone.)
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Method(ABC):
     slug: ClassVar[str]
     Config: ClassVar[type[Any]]
     DELTAS: ClassVar[bool] = True  # works on differences to a base, and so needs one
+    WIDE: ClassVar[bool] = False  # needs them in float64: what float32 rounds away decides something
     LEAST: ClassVar[int] = 1  # parents
     MOST: ClassVar[int | None] = None
 

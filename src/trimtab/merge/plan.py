@@ -21,11 +21,12 @@ from trimtab.merge.common_tokens import common_tokens
 from trimtab.merge.heads import head_of, set_setting, tied, token_tensors
 from trimtab.merge.method import Method, check_parents
 from trimtab.merge.recipe import Recipe
-from trimtab.merge.slices import Mapped, mapped, misfits, sliced_config
+from trimtab.merge.slices import Mapped, mapped, misfits, sliced_config, weights_misfit
 from trimtab.merge.source import MERGEABLE, Entry, Source
 from trimtab.spec import build
 
 MANY = 12  # problems that one message lists
+FACTOR = 1e30  # a weight times a scale beyond which float32 has no numbers left for the result
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,24 @@ class Plan:
     def nbytes(self) -> int:
         return sum(output.entry.nbytes for output in self.outputs)
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The parents' fingerprints, by the part they have."""
+        found = {f"model {i}": model.fingerprint for i, model in enumerate(self.models)}
+        return found | ({"base": self.base.fingerprint} if self.base is not None else {})
+
+    def work_dtype(self, output: Output) -> torch.dtype:
+        """What a tensor is merged in: the recipe's, but float64 where a parent or the output has it, or the method needs it.
+
+        Otherwise float64 models would come out with half of their digits, and not even the base as itself.
+        """
+        if output.method is not None and output.method.WIDE:
+            return torch.float64
+        held = [(self.base, output.base_name)] if self.base is not None else []
+        held += [(model, name) for model, name in zip(self.models, output.names, strict=True) if name]
+        dtypes = {output.entry.dtype, *(source.entries[name].dtype for source, name in held)}
+        return torch.float64 if torch.float64 in dtypes else getattr(torch, self.recipe.work_dtype)
+
 
 def make_plan(recipe: Recipe) -> Plan:
     """Opens every parent and checks all of it. UsageError with every problem, each with what would mend it."""
@@ -82,8 +101,9 @@ def make_plan(recipe: Recipe) -> Plan:
     if method.DELTAS and recipe.base is None:
         problems.append(f"{recipe.method} merges differences to a base: give --base{_named_bases(models)}")
     if recipe.slices is None:
-        weights = len(recipe.weights) if isinstance(recipe.weights, (list, tuple)) else len(recipe.models)
-        _try(problems, check_parents, method, len(recipe.models), weights)
+        _try(problems, check_parents, method, len(recipe.models), len(recipe.models))
+        if isinstance(recipe.weights, (list, tuple)) and len(recipe.weights) != len(recipe.models):
+            problems.append(str(weights_misfit(len(recipe.weights), len(recipe.models))))
     opened = [source for source in (base, *models) if source is not None]
     # Where one cannot be opened the others are compared all the same, and then all of it is refused.
     whole = len(opened) == len(models) + (recipe.base is not None)
@@ -142,7 +162,10 @@ def _alike(
     for model in opened[1:]:
         problems += checks.structure(opened[0], model, sliced)
         warnings += [text for text in checks.function(opened[0], model) if text not in warnings]
-    sources = checks.settle_heads(checks.aligned_names(opened), recipe.untie, problems, warnings)
+    # Another architecture has other tensors and another head: that is no problem of its own.
+    strangers = [model.name for model in opened[1:] if checks.stranger(opened[0], model)]
+    heads = [] if strangers else problems
+    sources = checks.settle_heads(checks.aligned_names(opened), recipe.untie, heads, warnings)
     config = dict(opened[0].config)
     config.pop("_name_or_path", None)
     if head_of(sources[0].entries) is not None or tied(opened[0]):
@@ -151,9 +174,11 @@ def _alike(
         for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
             config[key] = recipe.dtype
     sources, tokenizer, refused = common_tokens(sources, recipe, whole, config, problems, warnings)
-    for model in sources[1:]:
+    akin = [model for model in sources[1:] if model.name not in strangers]
+    for model in akin:
         rows = token_tensors(model) if refused else ()
-        problems += checks.tensors(sources[0], model, recipe.dtype, sliced, rows)
+        problems += checks.tensors(sources[0], model, sliced, rows)
+    problems += checks.dtypes(sources[0], akin, recipe.dtype)
     if config.get("auto_map"):
         warnings.append("the config's auto_map names code, which is not copied: copy the model's .py files yourself")
     return sources, config, tokenizer
@@ -187,8 +212,20 @@ def _output(
     if base is None and not method.DELTAS and made.on_deltas(False):
         raise UsageError(f"{recipe.method} with these options merges differences to a base: give --base")
     made.check_weights(one.weights)
+    _check_size(made, one.weights)
     dtype = entry.dtype if recipe.dtype is None else getattr(torch, recipe.dtype)
     return Output(one.name, Entry(dtype, entry.shape), one.names, one.base_name, made, one.weights, embedding)
+
+
+def _check_size(made: Method, weights: Sequence[float]) -> None:
+    """UsageError for factors that float32 cannot hold: arithmetic on tensors would refuse them in its own words."""
+    scale = getattr(made.config, "scale", 1.0)
+    largest = max(map(abs, weights), default=0.0)
+    if isinstance(scale, (int, float)) and not max(1.0, abs(scale)) * max(1.0, largest) < FACTOR:
+        raise UsageError(
+            f"{made.slug}: a weight of {largest:g} and a scale of {scale:g} are larger than any model needs: give "
+            "smaller --weights or --scale"
+        )
 
 
 def _try(problems: list[str], what: Any, *arguments: Any) -> Any:

@@ -61,6 +61,8 @@ class Recipe:
         object.__setattr__(self, "models", tuple(map(str, self.models)))
         if not self.models:
             raise UsageError("a merge needs models")
+        if "" in (*self.models, self.base):
+            raise UsageError("the name of a model is empty: is a variable of the shell not set?")
         if not isinstance(self.method, str):
             raise UsageError(f"'method' is a name such as ties, not {self.method!r}")
         if not isinstance(self.options, Mapping):

@@ -36,6 +36,7 @@ from trimtab.measure.diagnostic import files_digest
 from trimtab.measure.measurement import Measurement, check_alike
 from trimtab.measure.stats import mean_interval, swap_test
 from trimtab.merge.card import RECIPE
+from trimtab.merge.checks import refuse_inside
 from trimtab.merge.engine import run as merge_into
 from trimtab.merge.plan import make_plan
 from trimtab.merge.recipe import Recipe
@@ -179,12 +180,23 @@ def search(
     Returns what `out`/search.json holds. UsageError for bad settings, before anything is written.
     """
     if not space.dimensions:
-        raise UsageError("there is nothing to search: give a range, such as --scale 0.3:1.5")
+        raise UsageError(
+            "there is nothing to search: give a range LOW:HIGH, such as --scale 0.3:1.5 (a..b is a gradient)"
+        )
     if budget < 2:
         raise UsageError(f"a search needs --budget 2 or more (the default is one of them), not {budget}")
     plan = make_plan(default)
     for corner in (0.0, 1.0):
         make_plan(space.recipe_at([dimension.at(corner) for dimension in space.dimensions]))
+    sources = [*plan.models, *([plan.base] if plan.base is not None else [])]
+    refuse_inside([source.name for source in sources], out)
+    inputs = {f"model {i}": source.fingerprint for i, source in enumerate(sources)}
+    texts = {str(path): files_digest([path])[0] for skill in [*skills, *test] for path in skill.asked.texts}
+    arguments = {
+        "recipe": default.to_dict(), "dimensions": [vars(one) for one in space.dimensions], "budget": budget, "seed": seed,
+        "validate": [skill.spec for skill in skills], "test": [skill.spec for skill in test], "trimtab": trimtab.__version__,
+    }  # fmt: skip
+    RunDirectory.check(out, "merge-search", arguments, {**inputs, **texts})  # before minutes of measuring
     subjects = Subjects.of(default.models, default.base)
     measure_before([*skills, *test], subjects, progress)
     for skill in skills:
@@ -193,13 +205,6 @@ def search(
             raise UsageError(
                 f"the skill {skill.spec!r}: neither more nor less of {label!r} is good, so it cannot be searched by"
             )
-    sources = [*plan.models, *([plan.base] if plan.base is not None else [])]
-    inputs = {f"model {i}": source.fingerprint for i, source in enumerate(sources)}
-    texts = {str(path): files_digest([path])[0] for skill in [*skills, *test] for path in skill.asked.texts}
-    arguments = {
-        "recipe": default.to_dict(), "dimensions": [vars(one) for one in space.dimensions], "budget": budget, "seed": seed,
-        "validate": [skill.spec for skill in skills], "test": [skill.spec for skill in test], "trimtab": trimtab.__version__,
-    }  # fmt: skip
     with RunDirectory.open(out, "merge-search", arguments, {**inputs, **texts}) as run:
         if run.events("finished") and (known := run.load_json(RESULT)) is not None:
             return dict(known)
@@ -343,25 +348,33 @@ def _interval(
 ) -> tuple[float | None, float | None, float | None, float | None]:
     """(value, low, high, p-value by exchange) of sum_k weight_k * mean_k.
 
-    One skill: BCa over units. Several: Welch's t over the skills' means. The exchange test takes every unit with its share in
-    the sum, so it holds for any number of skills.
+    A unit (a text, a prompt) weighs with the sum of its shares in all skills that are measured on it: two skills of the same
+    texts are no two independent witnesses. The exchange test is over units; the interval is BCa over them where all skills
+    have the same, and Welch's t over the sums of the different ones otherwise.
     """
-    values = [np.array([v for v in one if v is not None], dtype=np.float64) for one in samples]
-    total = sum(skill.weight * float(one.mean()) for skill, one in zip(skills, values, strict=True))
-    shares = [skill.weight / len(one) * one for skill, one in zip(skills, values, strict=True)]
-    p_value = swap_test(np.concatenate(shares))
-    if len(skills) == 1:
-        found = mean_interval(skills[0].weight * values[0])
+    groups: dict[Any, list[list[float | None]]] = {}  # skills of the same units -> one row a skill, one share a unit
+    for skill, one in zip(skills, samples, strict=True):
+        known = max(1, sum(value is not None for value in one))
+        row = [None if value is None else skill.weight * value / known for value in one]
+        groups.setdefault((skill.asked.texts, len(one)), []).append(row)
+    parts = [
+        np.array([sum(one for one in unit if one is not None) for unit in zip(*rows, strict=True) if {*unit} != {None}])
+        for rows in groups.values()
+    ]
+    total = sum(float(part.sum()) for part in parts)
+    p_value = swap_test(np.concatenate(parts))
+    if len(parts) == 1:
+        found = mean_interval(len(parts[0]) * parts[0])
         return found.mean, found.low, found.high, p_value
     from scipy.stats import t
 
-    if any(len(one) < 2 for one in values):
+    if any(len(part) < 2 for part in parts):
         return total, None, None, p_value
-    parts = [skill.weight**2 * float(one.var(ddof=1)) / len(one) for skill, one in zip(skills, values, strict=True)]
-    error = sum(parts)
+    variances = [len(part) * float(part.var(ddof=1)) for part in parts]
+    error = sum(variances)
     if not error:
         return total, None, None, p_value
-    freedom = error**2 / sum(part**2 / (len(one) - 1) for part, one in zip(parts, values, strict=True))
+    freedom = error**2 / sum(one**2 / (len(part) - 1) for one, part in zip(variances, parts, strict=True))
     half = float(t.ppf(0.975, freedom)) * math.sqrt(error)
     return total, total - half, total + half, p_value
 

@@ -113,11 +113,13 @@ class Skill:
         asked = Asked(spread.texts, spread.reward, spread.judge, template, sampling)
         return cls(spec, spread.name or name, tool, asked, spread.columns, spread.weight)
 
-    def measure(self, model: str, cache: Cache | None = None, progress: Progress | None = None) -> Measurement:
-        """One model's measurement; the second time it is asked for, the first one's."""
+    def measure(
+        self, model: str, cache: Cache | None = None, progress: Progress | None = None, called: str = ""
+    ) -> Measurement:
+        """One model's measurement; the second time it is asked for, the first one's. called: its name in the progress."""
         if model not in self._known:
             if progress is not None:
-                progress(f"{self.tool.slug} of {model}")
+                progress(f"{self.name} of {called or model}")
             self._known[model] = run_measure(self.tool, [model], self.asked, cache=cache).measurements[0]
         return self._known[model]
 
@@ -170,7 +172,7 @@ class Subjects:
 def measure_before(skills: Sequence[Skill], subjects: Subjects, progress: Progress | None = None) -> None:
     """Measures parents and base. UsageError where a skill cannot be measured, or not alike."""
     for skill in skills:
-        found = [skill.measure(path, progress=progress) for path in subjects.all().values()]
+        found = [skill.measure(path, progress=progress, called=name) for name, path in subjects.all().items()]
         for one in found[1:]:
             check_alike(found[0], one)
         skill.lines(found[0])
@@ -188,11 +190,11 @@ def evaluate(
     warned: list[str] = []
     for skill in skills:
         with view(merged) as path:
-            merge = skill.measure(path, progress=progress)
-        found = {name: skill.measure(path, progress=progress) for name, path in subjects.all().items()}
+            merge = skill.measure(path, progress=progress, called="the merge")
+        found = {name: skill.measure(path, progress=progress, called=name) for name, path in subjects.all().items()}
         for name, folder in (others or {}).items():
             with view(folder) as path:
-                found[name] = skill.measure(path, progress=progress)
+                found[name] = skill.measure(path, progress=progress, called=name)
         for label in skill.lines(merge):
             lines.append(_line(skill, label, merge, found, subjects))
         warned += [f"{skill.tool.slug}: {text}" for text in merge.warnings]
@@ -298,10 +300,11 @@ def view(folder: str | Path) -> Iterator[str]:
 
 
 def write_skills(found: Mapping[str, Any], out: str | Path, command: Sequence[str] = ()) -> None:
-    """skills.json and skills.html beside the merged model, which loads as before."""
+    """Writes skills.json and skills.html into the folder `out`."""
     from trimtab.files import write_atomic
     from trimtab.report.merge_skills import render
 
+    Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "skills.json", {**found, "command": list(command)})
     write_atomic(Path(out) / "skills.html", render(found, command))
 

@@ -203,6 +203,11 @@ def _check_ranges(slices: Sequence[Slice], models: Sequence[Source], base: Sourc
                 raise UsageError(f"slice {number}: layers [{first}, {end}] of {source.name!r}, which has {count}")
 
 
+def weights_misfit(weights: int, models: int) -> UsageError:
+    """The error of another number of weights than of models."""
+    return UsageError(f"{weights} weights for {models} models: give one a model, or one for all of them")
+
+
 def _settled(
     recipe: Recipe, one: Slice | None, name: str, names: Mapping[int, str], base_name: str, depth: float
 ) -> Mapped:
@@ -211,7 +216,7 @@ def _settled(
     all_names = [names.get(m, "") or name for m in everyone]
     shares = recipe.weights if isinstance(recipe.weights, (list, tuple)) else [recipe.weights] * len(everyone)
     if len(shares) != len(everyone):
-        raise UsageError(f"{len(shares)} weights for {len(everyone)} models")
+        raise weights_misfit(len(shares), len(everyone))
     weights: list[float] = []
     for place, m in enumerate(names):
         own = None

@@ -9,6 +9,7 @@ than the copy.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -219,7 +220,7 @@ class Folder(Stored):
         name = str(path) if name is None else name
         folder = local_folder(str(path))
         if folder is None:
-            raise UsageError(f"there is no model folder {name!r}: merging reads folders; download the model first")
+            raise _no_folder(name)
         check_index(folder, name)
         config = read_json(folder / "config.json", name)
         if (folder / ALONE).is_file():
@@ -239,6 +240,16 @@ class Folder(Stored):
         ]
         if problems:
             raise self.damaged(problems)
+
+
+def _no_folder(name: str) -> UsageError:
+    path = Path(name)
+    there = path.parent if path.parent.is_dir() else Path()
+    near = difflib.get_close_matches(path.name, [one.name for one in there.iterdir() if one.is_dir()], 1, 0.6)
+    if near and there == path.parent:
+        return UsageError(f"there is no model folder {name!r}; did you mean {str(there / near[0])!r}?")
+    mend = f"download the model first (hf download {name} --local-dir DIR) and give DIR" if name.count("/") == 1 else ""
+    return UsageError(f"there is no model folder {name!r}: merging reads folders; {mend or 'download the model first'}")
 
 
 def _no_weights(folder: Path, name: str) -> UsageError:

@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from markupsafe import Markup
@@ -32,6 +32,7 @@ def render(found: Mapping[str, Any]) -> str:
     found = clean(dict(found))
     return environment().get_template("merged.html.j2").render(
         found=found,
+        names=brief(found["models"]),
         command=shlex.join(found["command"]) if found["command"] else "",
         css=Markup("".join(resource(name) for name in STYLES)),
         drawn=drawn,
@@ -39,11 +40,18 @@ def render(found: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def brief(models: Sequence[str]) -> list[str]:
+    """The last parts of the models' paths, for heads of columns; the models as they are where those are not unique."""
+    names = [PurePath(model).name for model in models]
+    return names if len({*names}) == len(names) else [*models]
+
+
 def figures(found: Geometry) -> list[Figure]:
     """The pictures: heat maps of layers by modules, and lines over depth."""
     cells = found.cells()
     layers, modules = list(found.layers()), list(found.modules())
     what = "changes" if found.base is not None else "weights"
+    names = brief(found.models)
     out: list[Figure] = []
 
     def heat(title: str, value: Callable[[Figures], float | None], note: str, low: float = 0.0) -> None:
@@ -66,10 +74,7 @@ def figures(found: Geometry) -> list[Figure]:
         )
     if found.base is not None:
         inner = {int(name): one for name, one in found.layers().items() if name.isdigit()}
-        lines = [
-            Line(name, [(layer, one.relative(t)) for layer, one in inner.items()])
-            for t, name in enumerate(found.models)
-        ]
+        lines = [Line(name, [(layer, one.relative(t)) for layer, one in inner.items()]) for t, name in enumerate(names)]
         out.append(
             Lines(
                 "How far each model moved",
@@ -79,7 +84,7 @@ def figures(found: Geometry) -> list[Figure]:
             )
         )
     if found.tensors and found.tensors[0].figures.merged:
-        for t, name in enumerate(found.models):
+        for t, name in enumerate(names):
             heat(
                 f"What the merge kept of {name}",
                 lambda one, t=t: one.kept_of(t),  # type: ignore[misc]

@@ -28,6 +28,7 @@ from trimtab.merge.align.permutation import Group, Place, Spec, units
 
 Where = Literal["input", "output"]
 Forward = Callable[[nn.Module, Any], Any]
+Keep = Callable[[Any], Tensor | None]  # of a batch: which of its positions are real, bool in their shape; None: all
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -59,11 +60,12 @@ def collect(
     where: Where = "input",
     rows: int = 4096,
     forward: Forward | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Tensor]:
     """Values at these modules, float32 [N, features]: a row a position (token, pixel) of the data, at most `rows`.
 
     forward(model, batch) runs one batch; without it model(batch). Where there are more positions than rows, each batch gives
-    its share, evenly spaced. The model runs in evaluation mode: dropout would make both sides noisy.
+    its share, evenly spaced. keep leaves padding out. The model runs in evaluation mode: dropout would make both sides noisy.
     """
     batches = list(batches)
     if not batches:
@@ -72,13 +74,16 @@ def collect(
     kept: dict[str, list[Tensor]] = {name: [] for name in modules}
     found = dict(model.named_modules())
     handles = []
+    real: Tensor | None = None
 
-    def keep(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             value = (inputs[0] if where == "input" else output).detach()
             if isinstance(module, _CONVS):
                 value = value.movedim(1, -1)
             flat = value.reshape(-1, value.shape[-1])
+            if real is not None and len(flat) == real.numel():
+                flat = flat[real.flatten().to(flat.device)]
             if len(flat) > share:
                 flat = flat[torch.linspace(0, len(flat) - 1, share).long()]
             kept[name].append(flat.to(torch.float32).cpu())
@@ -88,9 +93,10 @@ def collect(
     training = model.training
     model.eval()
     try:
-        handles = [found[name].register_forward_hook(keep(name)) for name in kept]
+        handles = [found[name].register_forward_hook(record(name)) for name in kept]
         with torch.no_grad():
             for batch in batches:
+                real = None if keep is None else keep(batch)
                 model(batch) if forward is None else forward(model, batch)
     finally:
         for handle in handles:
@@ -109,13 +115,16 @@ def activation_match(
     correlation: bool = False,
     rows: int = 4096,
     forward: Forward | None = None,
+    keep: Keep | None = None,
     seed: int = 0,
 ) -> Matching:
     """Permutations for `moving`'s units by their values on `batches`; groups whose values do not show keep their order."""
     batches = list(batches)
     shown = sites(spec, target, where)
     names = shown.tensors()
-    values = [collect(model, names, batches, where=where, rows=rows, forward=forward) for model in (target, moving)]
+    values = [
+        collect(model, names, batches, where=where, rows=rows, forward=forward, keep=keep) for model in (target, moving)
+    ]
     if correlation:
         values = [{name: standardised(value) for name, value in side.items()} for side in values]
     for name in names:

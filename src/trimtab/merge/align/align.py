@@ -123,10 +123,14 @@ class Align:
         modules: tuple[nn.Module, nn.Module] | None = None,
         batches: Sequence[Any] = (),
         forward: Callable[[nn.Module, Any], Any] | None = None,
+        keep: Callable[[Any], Tensor | None] | None = None,
         loss: Loss | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> dict[str, Tensor]:
-        """B's permutations, one a group. am needs modules (A's and B's) and batches, ste batches and a loss."""
+        """B's permutations, one a group. am needs modules (A's and B's) and batches, ste batches and a loss.
+
+        keep: of a batch, which of its positions are real (`activations.collect`).
+        """
         config = self.config
         if config.method == "am":
             if modules is None or not batches:
@@ -138,6 +142,7 @@ class Align:
                 correlation=config.correlation,
                 rows=config.rows,
                 forward=forward,
+                keep=keep,
                 seed=config.seed,
             ).permutations
         if config.method == "ste":

@@ -12,6 +12,7 @@ Cost: one evaluation of the loss a point. Losses are nats, means over whatever t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,13 +67,18 @@ def walk(
     points: int = 25,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Evaluates `points` models from A to B, the ends included. evaluate: tensors -> {"loss": ..., ...}."""
+    """Evaluates `points` models from A to B, the ends included. evaluate: tensors -> {"loss": ..., ...}.
+
+    UsageError for a value that is not finite: no barrier could be told.
+    """
     if points < 3:
         raise UsageError(f"a path needs at least 3 points, not {points}")
     lambdas = [i / (points - 1) for i in range(points)]
     values: dict[str, list[float]] = {}
     for number, at in enumerate(lambdas):
         for key, value in evaluate(interpolate(a, b, at)).items():
+            if not math.isfinite(value):
+                raise UsageError(f"the {key} at {at:g} of the path is {float(value)}: a model there overflows")
             values.setdefault(key, []).append(float(value))
         if progress is not None:
             progress(f"path: {number + 1} of {points} points")

@@ -143,6 +143,7 @@ class _Work:
                 modules=modules,
                 batches=batches,
                 forward=forward,
+                keep=lambda batch: batch[1].bool(),
                 loss=losses.loss,
                 progress=self.say,
             )

@@ -18,7 +18,8 @@ returns:
   is zero; P's columns there are arbitrary, and S writes them into the merge at full strength. The published form then
   has 1.3 times the norm of one change, of which 0.94 is noise that another rounding error replaces by other noise. Here
   it is the change's better half, exactly.
-The arithmetic is float64, without which 1e-6 would be within the error of the decomposition.
+The arithmetic is float64, without which 1e-6 would be within the error of the decomposition, and so are the differences to
+the base: subtracted in float32, an adapter's small change has the full rank of its base's rounding.
 
 Cost: T + 2 singular value decompositions a matrix, some 20 r^2 max(rows, columns) operations each, on one thread a
 tensor; all of one tensor of every parent in memory. deltas T x [rows, columns].
@@ -88,6 +89,7 @@ class Tsvm(Method):
 
     slug = "tsvm"
     Config = TsvmConfig
+    WIDE = True
 
     def whole(self, place: Place) -> bool:
         return not self.why_mean(place)

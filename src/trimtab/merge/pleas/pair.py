@@ -142,7 +142,9 @@ class Pair:
 
             shown = sites(self.spec, self.a)
             values = [
-                values_of(model, shown.tensors(), self.batches, rows=min(self.config.rows, 4096), forward=_run)
+                values_of(
+                    model, shown.tensors(), self.batches, rows=min(self.config.rows, 4096), forward=_run, keep=_real
+                )
                 for model in (self.a, self.b)
             ]
             found = match(shown, *values, seed=self.config.seed).permutations
@@ -210,11 +212,11 @@ class Pair:
     def nearness(self, merged: Merged, batches: int = 4) -> float:
         """Minus the squared distance of the merged model's outputs to the parents' mean outputs, relative to their size.
 
-        With separate heads: of each task's outputs to its own parent's.
+        With separate heads: of each task's outputs to its own parent's. All domains take part, padding none.
         """
         wrong = power = 0.0
         with evaluating(self.a, self.b, merged.model):
-            for batch in self.batches[:batches]:
+            for batch in mixed(self.batches)[:batches]:
                 said = [_logits(model(*batch.args, **batch.kwargs)) for model in (self.a, self.b)]
                 if self.config.heads == "shared":
                     pairs = [(_logits(merged.model(*batch.args, **batch.kwargs)), (said[0] + said[1]) / 2)]
@@ -223,6 +225,8 @@ class Pair:
                         (merged.task(side)(*batch.args, **batch.kwargs), y) for side, y in zip("ab", said, strict=True)
                     ]
                 for ours, theirs in pairs:
+                    if batch.keep is not None:
+                        ours, theirs = (one[batch.keep.to(one.device)] for one in (ours, theirs))
                     wrong += float((ours - theirs).double().square().sum())
                     power += float(theirs.double().square().sum())
         return -wrong / max(power, 1e-300)
@@ -364,6 +368,10 @@ class Pair:
 
 def _run(model: nn.Module, batch: Batch) -> Any:
     return model(*batch.args, **batch.kwargs)
+
+
+def _real(batch: Batch) -> Tensor | None:
+    return batch.keep
 
 
 def _logits(output: Any) -> Tensor:
