@@ -95,3 +95,9 @@ def test_weighted_sum_is_in_place_in_the_first() -> None:
     tensors = [torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), torch.tensor([4.0, 8.0])]
     total = weighted_sum(tensors, [2.0, 0.5, -0.25])
     assert total is tensors[0] and torch.equal(total, torch.tensor([6.0, 12.0]))
+
+
+def test_one_tensor_is_no_list_of_tensors() -> None:
+    """Its rows would be taken for models."""
+    with pytest.raises(UsageError, match="ties: give a list of tensors, one a model"):
+        trimtab.merge.ties(torch.ones(2, 3))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
+import typing
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from trimtab.errors import UsageError, unknown
+from trimtab.spec import FALSE, TRUE
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,3 +93,24 @@ def add_reward(parser: Parser, required: bool) -> None:
 def add_json(parser: Parser) -> None:
     """--json."""
     parser.add_argument("--json", metavar="FILE", help="also as JSON; - is stdout, and the rest then goes to stderr")
+
+
+def switches(config: type[Any], without: Collection[str] = ()) -> dict[str, bool]:
+    """The options of a config dataclass as flags -> whether each is true or false; `without`: fields that are no option."""
+    hints = typing.get_type_hints(config)
+    return {
+        f"--{field.name.replace('_', '-')}": bool in (hints[field.name], *typing.get_args(hints[field.name]))
+        for field in dataclasses.fields(config)
+        if field.name not in without
+    }
+
+
+def with_values(words: list[str], known: dict[str, bool]) -> list[str]:
+    """`--residual` alone means `--residual true`. known: of `switches`."""
+    out = []
+    for i, word in enumerate(words):
+        out.append(word)
+        after = words[i + 1].lower() if i + 1 < len(words) else ""
+        if known.get(word) and after not in (*TRUE, *FALSE, "none"):
+            out.append("true")
+    return out

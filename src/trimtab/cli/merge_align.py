@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Any
 
-from trimtab.cli.arguments import Parser, add_json
+from trimtab.cli.arguments import Parser, add_json, switches, with_values
 from trimtab.cli.fit import split_options
 from trimtab.cli.output import check_json, progress, text_stream, write_result
 from trimtab.errors import UsageError, unknown
-from trimtab.spec import FALSE, TRUE
 
 EXAMPLES = """\
   trimtab merge align A B --out b-like-a                                    # by the weights
@@ -44,12 +42,12 @@ def run(words: list[str]) -> None:
     from trimtab.merge.recipe import Recipe
     from trimtab.spec import build
 
-    known = _flags(AlignConfig)
+    known = switches(AlignConfig)
     for word in words:
         flag = word.partition("=")[0]
         if word.startswith("--") and flag not in known and flag not in parser.flags():
             raise unknown("option of trimtab merge align", flag, {*known, *parser.flags()})
-    ours, options = split_options(_with_values(words, known), parser.flags())
+    ours, options = split_options(with_values(words, known), parser.flags())
     args = parser.parse(ours)
     check_json(args.json)
     values = {flag.removeprefix("--").replace("-", "_"): value for flag, value in options.items()}
@@ -83,29 +81,6 @@ def run(words: list[str]) -> None:
         file=text_stream(args.json),
     )
     write_result(args.json, found)
-
-
-def _flags(config: Any) -> dict[str, bool]:
-    """Flag -> whether it is true or false."""
-    import typing
-    from dataclasses import fields
-
-    hints = typing.get_type_hints(config)
-    return {
-        f"--{field.name.replace('_', '-')}": hints[field.name] is bool or bool in typing.get_args(hints[field.name])
-        for field in fields(config)
-    }
-
-
-def _with_values(words: list[str], known: dict[str, bool]) -> list[str]:
-    """`--residual` alone means `--residual true`."""
-    out = []
-    for i, word in enumerate(words):
-        out.append(word)
-        after = words[i + 1].lower() if i + 1 < len(words) else ""
-        if known.get(word) and after not in (*TRUE, *FALSE, "none"):
-            out.append("true")
-    return out
 
 
 def _check_out(out: str) -> None:

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli.arguments import Parser, add_json
+from trimtab.cli.arguments import Parser, add_json, switches, with_values
 from trimtab.cli.fit import split_options
 from trimtab.cli.output import check_json, progress, text_stream, write_result
 from trimtab.errors import UsageError, unknown
-from trimtab.spec import FALSE, TRUE
 
 EXAMPLES = """\
   trimtab merge pleas A B --budget 1.2 --data a.txt b.txt --out merged      # a file a domain
@@ -45,9 +44,9 @@ def run(words: list[str]) -> None:
     from trimtab.merge.pleas.pleas import PleasConfig  # here: it imports torch
     from trimtab.spec import build
 
-    known = _flags(PleasConfig)
+    known = switches(PleasConfig, MODULES_ONLY)
     untied = [word for word in words if word == "--untie"]  # takes no value, which split_options would give it
-    ours, options = split_options(_with_values([word for word in words if word not in untied], known), parser.flags())
+    ours, options = split_options(with_values([word for word in words if word not in untied], known), parser.flags())
     for flag in options:
         if flag not in known:
             raise unknown("option of trimtab merge pleas", flag, {*known, *parser.flags()})
@@ -90,26 +89,3 @@ def _print(found: dict[str, Any], out: str, stream: Any) -> None:
         values = "  ".join(f"{row[key]:6.3f}" for key in ("a", "b", "merged"))
         print(f"{name:<{max(width, 19)}}  {values}   {found['shares'][name]:.2f}", file=stream)
     print(f"merged: {out}\nuse it: trimtab generate {shlex.quote(out)} PROMPT", file=stream)
-
-
-def _flags(config: Any) -> dict[str, bool]:
-    """Flag -> whether it is true or false."""
-    import typing
-    from dataclasses import fields
-
-    hints = typing.get_type_hints(config)
-    return {
-        f"--{field.name.replace('_', '-')}": hints[field.name] is bool
-        for field in fields(config)
-        if field.name not in MODULES_ONLY
-    }
-
-
-def _with_values(words: list[str], known: dict[str, bool]) -> list[str]:
-    """`--residual` alone means `--residual true`."""
-    out = []
-    for word, after in zip(words, [*words, ""][1:], strict=True):
-        out.append(word)
-        if known.get(word) and after.lower() not in (*TRUE, *FALSE):
-            out.append("true")
-    return out

@@ -31,6 +31,7 @@ from torch import Tensor
 from trimtab.environment import environment
 from trimtab.errors import TrimtabError, UsageError
 from trimtab.merge.card import write_around
+from trimtab.merge.checks import refuse_inside
 from trimtab.merge.method import Part, Place
 from trimtab.merge.plan import Output, Plan, make_plan
 from trimtab.merge.recipe import Recipe
@@ -71,13 +72,12 @@ def run(
     whole process, to keep freed memory at hand (`_keep_memory`).
     """
     start = time.monotonic()
+    refuse_inside([*recipe.models, *([recipe.base] if recipe.base else [])], out)
     plan = make_plan(recipe)
     plan.warnings += _not_merged(plan)
     _keep_memory()
-    inputs = {f"model {i}": model.fingerprint for i, model in enumerate(plan.models)}
-    inputs |= {"base": plan.base.fingerprint} if plan.base is not None else {}
     try:
-        with RunDirectory.open(out, "merge", recipe.to_dict(), inputs) as folder:
+        with RunDirectory.open(out, "merge", recipe.to_dict(), plan.inputs) as folder:
             done = _Merge(plan, folder, threads or os.cpu_count() or 1, progress).run()
             if not folder.events("finished") or not all(folder.done(row["key"]) for row in folder.events("saved")):
                 write_around(plan, folder, command)
@@ -113,8 +113,8 @@ class _Merge:
         there = sum(path.stat().st_blocks * 512 for path in self.folder.path.glob("model*.safetensors*"))
         if self.plan.nbytes > free + there:
             raise UsageError(
-                f"the merged model takes {self.plan.nbytes / 1e9:.2f} GB and {self.folder.path} has "
-                f"{(free + there) / 1e9:.2f} GB left: free some, or give another --out"
+                f"the merged model takes {self.plan.nbytes / 1e6:,.1f} MB and {self.folder.path} has "
+                f"{(free + there) / 1e6:,.1f} MB left: free some, or give another --out"
             )
         torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)

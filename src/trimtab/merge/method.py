@@ -142,6 +142,8 @@ class Method(ABC):
 
         Differences to a base in, the merged difference out, if `DELTAS`; weights in, weights out otherwise.
         """
+        if isinstance(tensors, Tensor):
+            raise UsageError(f"{self.slug}: give a list of tensors, one a model")
         tensors = [*tensors]
         weights = [1.0] * len(tensors) if weights is None else [float(weight) for weight in weights]
         check_parents(type(self), len(tensors), len(weights))
@@ -188,7 +190,7 @@ class Method(ABC):
 def check_parents(method: type[Method], parents: int, weights: int) -> None:
     """UsageError for too few or too many parents, or another number of weights."""
     if parents < method.LEAST:
-        raise UsageError(f"{method.slug} needs at least {method.LEAST} models, not {parents}")
+        raise UsageError(f"{method.slug} needs at least {method.LEAST} model{'s' * (method.LEAST > 1)}, not {parents}")
     if method.MOST is not None and parents > method.MOST:
         raise UsageError(f"{method.slug} takes at most {method.MOST} models, not {parents}")
     if weights != parents:
