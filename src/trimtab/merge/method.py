@@ -15,6 +15,7 @@ the cut in their last digit, and so may, rarely, an entry's; the engine's cuts f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
@@ -26,8 +27,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.card import Card
 from trimtab.errors import UsageError
 from trimtab.spec import build
+
+# The card of a merging method: what all of them have in common.
+merge_card = functools.partial(
+    Card,
+    goal="capability",
+    stage="merge",
+    mechanism="weight-arithmetic",
+    signal=("checkpoints",),
+    access="weights",
+    produces="weights",
+    infer_multiplier="1",
+    benefit_metrics=("reward",),
+    cost_metrics=("nll_base_per_token",),
+    data_format="none",
+    dimensions=("capability",),
+)
 
 BLOCK = 65536  # how many random numbers one generator makes
 

@@ -19,34 +19,22 @@ from typing import Literal
 
 from torch import Tensor
 
-from trimtab.card import Card
-from trimtab.merge.method import Part, Parts, in_range
+from trimtab.merge.method import Part, Parts, in_range, merge_card
 from trimtab.merge.methods.sparsify import Combining
 from trimtab.merge.select import NONE, Cut, largest
 
-CARD = Card(
+CARD = merge_card(
     slug="breadcrumbs",
     name="Model breadcrumbs",
     paper="Model Breadcrumbs, arXiv 2312.06795",
     summary="Drops the smallest entries of each change and its largest outliers, and adds the changes up.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("one or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent three times, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("where the largest entries are the skill (short or sparse fine-tunes), dropping them drops it",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge breadcrumbs --models A B C --base BASE --density 0.85 --gamma 0.01 --scale 0.3 --out merged",
     choose="Many fine-tunes added up with one setting for all: outliers of one stop hurting the others.",
-    dimensions=("capability",),
 )
 
 

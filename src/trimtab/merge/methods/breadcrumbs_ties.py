@@ -14,32 +14,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.card import Card
+from trimtab.merge.method import merge_card
 from trimtab.merge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsConfig
 
-CARD = Card(
+CARD = merge_card(
     slug="breadcrumbs-ties",
     name="Breadcrumbs-TIES",
     paper="Model Breadcrumbs, arXiv 2312.06795, with TIES-Merging, arXiv 2306.01708",
     summary="Drops the smallest entries of each change and its outliers, and adds those that agree with the elected sign.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent three times, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("three options (density, gamma, scale) and no way to know them beforehand: `trimtab merge search`",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge breadcrumbs-ties --models A B C --base BASE --density 0.85 --scale 0.5 --out merged",
     choose="As ties, where single huge entries of one fine-tune win every election.",
-    dimensions=("capability",),
 )
 
 

@@ -15,37 +15,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trimtab.card import Card
-from trimtab.merge.method import Part, in_range
+from trimtab.merge.method import Part, in_range, merge_card
 from trimtab.merge.methods.sparsify import Dropping
 
-CARD = Card(
+CARD = merge_card(
     slug="dare",
     name="DARE",
     paper="Language models are Super Mario (DARE), arXiv 2311.03099",
     summary="Drops entries of each change at random, rescales the rest and adds the changes up.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("one or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent once, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=(
         "fails on changes with large entries, after long or full-rate training: it then adds noise as large as they are",
     ),
     risks=("the result depends on the seed: try several before believing a difference",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge dare --models A B --base BASE --density 0.3 --out merged",
     choose="Many light fine-tunes (small changes) of one base to be summed. With few, or heavy ones, task arithmetic is the "
     "same without the noise.",
-    dimensions=("capability",),
 )
 
 

@@ -14,36 +14,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.card import Card
+from trimtab.merge.method import merge_card
 from trimtab.merge.methods.dare import Dare, DareConfig
 
-CARD = Card(
+CARD = merge_card(
     slug="dare-ties",
     name="DARE-TIES",
     paper="Language models are Super Mario (DARE), arXiv 2311.03099",
     summary="Drops entries of each change at random, rescales the rest and adds those that agree with the elected sign.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent once, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=(
         "electing signs undoes what dropping was made for: the merged change is larger than the sum of the changes",
         "where much is dropped the election is among chance survivors, and dare keeps more of what most agree on",
     ),
     risks=("the result depends on the seed: try several before believing a difference",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge dare-ties --models A B C --base BASE --density 0.5 --scale 0.5 --out merged",
     choose="Light fine-tunes that disagree in sign; compare it with ties at the same density, which is deterministic.",
-    dimensions=("capability",),
 )
 
 

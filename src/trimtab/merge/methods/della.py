@@ -22,36 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.merge.method import Part, Place, in_range
+from trimtab.merge.method import Part, Place, in_range, merge_card
 from trimtab.merge.methods.sparsify import Dropping
 from trimtab.merge.select import magnitude_bits
 
-CARD = Card(
+CARD = merge_card(
     slug="della",
     name="DELLA",
     paper="DELLA-Merging, arXiv 2406.11617",
     summary="Drops entries of each change at random, small ones more often, elects a sign and means what agrees with it.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent once, sorts every row, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("three options (density, epsilon, scale) and no way to know them beforehand: `trimtab merge search`",),
     risks=("the result depends on the seed: try several before believing a difference",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge della --models A B C --base BASE --density 0.5 --epsilon 0.2 --out merged",
     choose="Where ties cuts too hard and dare-ties too blindly: magnitudes count, and small entries keep a chance.",
-    dimensions=("capability",),
 )
 
 

@@ -12,33 +12,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.card import Card
+from trimtab.merge.method import merge_card
 from trimtab.merge.methods.della import Della, DellaConfig
 
-CARD = Card(
+CARD = merge_card(
     slug="della-linear",
     name="DELLA-linear",
     paper="DELLA-Merging, arXiv 2406.11617",
     summary="Drops entries of each change at random, small ones more often, rescales the rest and adds the changes up.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("one or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent once, sorts every row, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("task arithmetic with noise added: it can only help where dropping by itself does",),
     risks=("the result depends on the seed: try several before believing a difference",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge della-linear --models A B --base BASE --density 0.4 --epsilon 0.2 --out merged",
     choose="Where dare works: the same with less noise at the same density.",
-    dimensions=("capability",),
 )
 
 

@@ -26,33 +26,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trimtab.card import Card
 from trimtab.errors import UsageError
+from trimtab.merge.method import merge_card
 from trimtab.merge.methods.gram import Found, GramMethod, cosines
 
-CARD = Card(
+CARD = merge_card(
     slug="karcher",
     name="Karcher mean",
     paper="Riemannian center of mass, Karcher 1977",
     summary="The mean of several models along arcs: SLERP for more than two, whatever their order.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more checkpoints of one architecture",),
-    infer_multiplier="1",
     fit_cost="reads every parent twice, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("between fine-tunes of one base it is their linear mean",),
     composes_with=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge karcher --models A B C --out merged",
     choose="Three or more models where you would take SLERP for two.",
-    dimensions=("capability",),
 )
 
 

@@ -16,34 +16,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.merge.method import Method, Part, weighted_sum
+from trimtab.merge.method import Method, Part, merge_card, weighted_sum
 
-CARD = Card(
+CARD = merge_card(
     slug="linear",
     name="Linear merge (model soup)",
     paper="Model soups, arXiv 2203.05482",
     summary="The weighted mean of the models' weights.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more checkpoints of one architecture",),
-    infer_multiplier="1",
     fit_cost="reads every parent once, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("models that do not share a base are mixed unit by unit that mean different things: align them first",),
     composes_with=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge linear --models A B --weights 0.7 0.3 --out merged",
     choose="Fine-tunes of one base for the same goal (other seeds, other hyperparameters): the mean is as good as anything "
     "and has nothing to tune.",
-    dimensions=("capability",),
 )
 
 

@@ -28,34 +28,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.merge.method import Part, Parts, weighted_sum
+from trimtab.merge.method import Part, Parts, merge_card, weighted_sum
 from trimtab.merge.methods.gram import Found, GramMethod, cosines, inner_products
 
-CARD = Card(
+CARD = merge_card(
     slug="model-stock",
     name="Model Stock",
     paper="Model Stock, arXiv 2403.19522",
     summary="Goes from the base towards the mean of its fine-tunes, as far as they agree in direction.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more fine-tunes for the same goal", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent twice, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("fine-tunes for different skills lie at right angles, and the merge is then the base",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge model-stock --models A B C --base BASE --out merged",
     choose="A few fine-tunes of one base on the same data (other seeds, other orders), in place of a soup of many.",
-    dimensions=("capability",),
 )
 
 

@@ -24,35 +24,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.merge.method import Part, Parts
+from trimtab.merge.method import Part, Parts, merge_card
 from trimtab.merge.methods.gram import Found, GramMethod, arc, arc_notes, combine, inner_products, share, two
 
-CARD = Card(
+CARD = merge_card(
     slug="nuslerp",
     name="NuSLERP",
     paper="none: mergekit's nuslerp",
     summary="SLERP by weights, of changes where a base is given, for whole tensors or vector by vector.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two checkpoints of one architecture", "or two fine-tunes and their base"),
-    infer_multiplier="1",
     fit_cost="reads both parents twice, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=(
         "changes that nearly oppose each other have no good arc: up to 2 degrees from it they are mixed on a line",
     ),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge nuslerp --models A B --base BASE --weights 0.6 0.4 --out merged",
     choose="Two fine-tunes whose changes are nearly at right angles: the mean would halve both, the arc keeps 71 % of each.",
-    dimensions=("capability",),
 )
 
 STRAIGHT = 1 - 1e-12

@@ -23,36 +23,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.card import Card
 from trimtab.errors import UsageError
+from trimtab.merge.method import merge_card
 from trimtab.merge.methods.tsvm import Tsvm, TsvmConfig
 
-CARD = Card(
+CARD = merge_card(
     slug="r-tsvm",
     name="R-TSVM (RESM)",
     paper="Mix data or merge models, arXiv 2502.06876",
     summary="TSVM with each change scaled by its outliers and given a rank by its density, matrix by matrix.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="T + 2 singular value decompositions of every matrix: some two hours of one core a billion weights",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=(
         "our reading of a paper without code",
         "the model that moved furthest is scaled up: tasks of unequal strength become more so",
     ),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge r-tsvm --models helpful honest harmless --base BASE --out merged",
     choose="Where you would take TSVM and the fine-tunes differ in which layers they changed.",
-    dimensions=("capability",),
 )
 
 

@@ -26,37 +26,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.merge.method import Method, Part, Parts, in_range
+from trimtab.merge.method import Method, Part, Parts, in_range, merge_card
 from trimtab.merge.select import Cut, largest
 
-CARD = Card(
+CARD = merge_card(
     slug="sce",
     name="SCE merging",
     paper="FuseChat, arXiv 2408.07990",
     summary="Keeps the entries in which changes differ most, weighs models by how much they changed, drops minority signs.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent two to six times, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=(
         "the model that moved furthest wins: a long or hot fine-tune drowns a careful one",
         "select_topk below 1 loses skills that are spread over all entries",
     ),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge sce --models A B C --base BASE --select-topk 0.1 --out merged",
     choose="Fine-tunes whose strength differs from layer to layer, when there is no reward to tune weights on.",
-    dimensions=("capability",),
 )
 
 

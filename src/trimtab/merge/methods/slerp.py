@@ -24,35 +24,23 @@ from typing import Literal
 
 from torch import Tensor
 
-from trimtab.card import Card
 from trimtab.errors import UsageError
-from trimtab.merge.method import in_range
+from trimtab.merge.method import in_range, merge_card
 from trimtab.merge.methods.gram import Found, GramMethod, arc, arc_notes, share, two
 
-CARD = Card(
+CARD = merge_card(
     slug="slerp",
     name="SLERP",
     paper="Animating rotation with quaternion curves, Shoemake 1985",
     summary="Moves from one model to the other along the arc between them.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two checkpoints of one architecture",),
-    infer_multiplier="1",
     fit_cost="reads both parents twice, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("between fine-tunes of one base it is a line, tensor after tensor: the report says where",),
     composes_with=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge slerp --models A B --t 0.5 --out merged",
     choose="Two models that lie far apart (long continued training, no common base after `align`), where a straight mean "
     "would shrink the weights. For fine-tunes of one base take linear, or on=deltas.",
-    dimensions=("capability",),
 )
 
 STRAIGHT = 0.9995  # the cosine above which it is a line, mergekit's

@@ -15,35 +15,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.card import Card
-from trimtab.merge.method import Method, Part, weighted_sum
+from trimtab.merge.method import Method, Part, merge_card, weighted_sum
 from trimtab.merge.methods.linear import normalized
 
-CARD = Card(
+CARD = merge_card(
     slug="task-arithmetic",
     name="Task arithmetic",
     paper="Editing models with task arithmetic, arXiv 2212.04089",
     summary="Adds what each fine-tune changed to the base, times a weight; a negative weight takes it away.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("one or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent once, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("the sum of several changes overshoots where they agree: the scale must be found, `trimtab merge search`",),
     risks=("a large negative weight unlearns more than the skill",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge task-arithmetic --models A B --base BASE --scale 0.5 --out merged",
     choose="The first thing to try with a base: one dial, and the only method here that also weakens or negates a skill "
     "predictably.",
-    dimensions=("capability",),
 )
 
 

@@ -19,33 +19,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.card import Card
-from trimtab.merge.method import Method, Part, Parts, in_range
+from trimtab.merge.method import Method, Part, Parts, in_range, merge_card
 from trimtab.merge.select import Cut, largest
 
-CARD = Card(
+CARD = merge_card(
     slug="ties",
     name="TIES merging",
     paper="TIES-Merging, arXiv 2306.01708",
     summary="Trims small changes, elects a sign for each weight and means the changes that agree with it.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="reads every parent three times, writes one model",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=("density and scale matter and are not known beforehand: `trimtab merge search`",),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge ties --models A B C --base BASE --density 0.3 --out merged",
     choose="Several fine-tunes for different skills whose changes disagree in sign (`trimtab merge inspect` says how often).",
-    dimensions=("capability",),
 )
 
 

@@ -34,35 +34,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.card import Card
-from trimtab.merge.method import Method, Part, Parts, Place, weighted_sum
+from trimtab.merge.method import Method, Part, Parts, Place, merge_card, weighted_sum
 
-CARD = Card(
+CARD = merge_card(
     slug="tsvm",
     name="TSV-Merge",
     paper="Task singular vectors, arXiv 2412.00081",
     summary="Merges the leading singular vectors of every change after making them orthogonal to each other.",
-    goal="capability",
-    stage="merge",
-    mechanism="weight-arithmetic",
-    signal=("checkpoints",),
-    access="weights",
-    produces="weights",
     needs=("two or more fine-tunes", "the base they share"),
-    infer_multiplier="1",
     fit_cost="T + 2 singular value decompositions of every matrix: some two hours of one core a billion weights",
-    benefit_metrics=("reward",),
-    cost_metrics=("nll_base_per_token",),
     limits=(
         "fine-tunes that are much alike: what they share is halved, and where they differ is blown up",
         "every matrix needs singular value decompositions: slow from some billion weights on",
     ),
     conflicts=("align",),
-    data_format="none",
     status=("implemented", "verified_cpu"),
     example="trimtab merge tsvm --models A B C --base BASE --out merged",
     choose="Fine-tunes for different skills, or many of them, with nothing to tune: it needs no density and no weights.",
-    dimensions=("capability",),
 )
 
 RANK = 1e-6  # of the largest singular value: below it is zero
