@@ -37,6 +37,7 @@ CARDS = {
         PLAIN, slug="pair", stage="decode", signal=("none",), access="logits", extra_models=1, goal="capability"
     ),
     "sure": replace(PLAIN, slug="sure", status=("implemented", "verified_cpu"), infer_multiplier="1 (and a few)"),
+    "merge": replace(PLAIN, slug="merge", stage="merge", signal=("checkpoints",), access="weights", extra_models=2),
     "audit": replace(PLAIN, slug="audit", stage="audit", signal=("none",)),
 }  # fmt: skip
 R, P, D = ("scalar reward",), ("pairs",), ("demonstrations",)
@@ -55,6 +56,9 @@ B = 1e9
         (Situation(70 * B, 80 * B, R, dtype="int4"), "plain", "", ""),
         (Situation(7 * B, 24 * B), "vote", "pair", "weights 28.0"),  # two models do not fit
         (Situation(7 * B, 48 * B), "pair vote", "plain", "needs scalar reward"),
+        # merging streams: several models of 70B on a device of 8 GB, but it needs them
+        (Situation(70 * B, 8 * B, ("checkpoints",)), "merge", "plain", "needs scalar reward"),
+        (Situation(7 * B, 24 * B, R), "plain", "merge", "needs checkpoints"),
         (Situation(signals=R, access="black-box text"), "best vote", "plain", "access to hidden states"),
         (Situation(signals=R, access="logits"), "best pair", "plain", "at hand is logits"),
         (Situation(signals=(*P, *R), access="hidden states"), "plain both", "block", "access to gradients"),
