@@ -181,19 +181,25 @@ class _Merge:
             try:
                 while waiting:
                     finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                    failed = None
                     for future in finished:
-                        try:
+                        error = future.exception()
+                        if error is None:
                             name, summed = future.result()
-                        except _Stopped:
-                            continue  # what stopped it is still to come
-                        sums[name] = str(summed)
-                        self.written += self.shards.entries[name].nbytes
+                            sums[name] = str(summed)
+                            self.written += self.shards.entries[name].nbytes
+                        elif not isinstance(error, _Stopped):  # what stopped those is among them, or still to come
+                            failed = error
+                    if failed is not None:
+                        raise failed
                     self._tell(total, resumed, last=not waiting)
                     sums = self._save(sums, last=not waiting)
-            except BaseException:
+            except BaseException as error:
                 self.stop.set()
                 for future in waiting:
                     future.cancel()
+                if not isinstance(error, (UsageError, OSError)):
+                    self._save(sums, last=True)  # the same command goes on from here
                 raise
 
     def _save(self, sums: dict[str, str], last: bool) -> dict[str, str]:
