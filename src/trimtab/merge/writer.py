@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,6 +124,22 @@ class Shards:
     def _names(self, shard: Shard) -> tuple[Path, Path]:
         """What the file is called when it is whole, and until then."""
         return self.folder / shard.file, self.folder / (shard.file + PARTIAL)
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], max_bytes: int) -> None:
+    """Writes tensors that are all in memory, and nothing that looks whole if it fails."""
+    shards = Shards(folder, dict(entries), max_bytes)
+    try:
+        shards.open()
+        shards.withdraw()
+        for name, tensor in tensors.items():
+            shards.write(name, 0, tensor)
+        shards.publish()
+    except BaseException:
+        shards.discard()
+        raise
+    finally:
+        shards.close()
 
 
 def checksum(data: Tensor) -> int:

@@ -36,7 +36,7 @@ from trimtab.merge.align.specs import model_spec
 from trimtab.merge.align.texts import Names, TextLoss, encode, forward
 from trimtab.merge.card import TOKENIZER_FILES
 from trimtab.merge.source import MERGEABLE, Folder, Source
-from trimtab.merge.writer import Shards
+from trimtab.merge.writer import write_shards
 from trimtab.prompts import read_prompts
 from trimtab.run import RunDirectory
 
@@ -182,7 +182,7 @@ class _Work:
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
                 return taylor(lambda tensors: losses.loss(tensors, batch), a, end, lambdas)[0]
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             note = f"no Taylor prediction: this model has no second derivative here ({str(error).splitlines()[0]})"
             if note not in found.warnings:
                 found.warnings.append(note)
@@ -303,17 +303,7 @@ def _write(
 ) -> None:
     from trimtab.report.measured import render
 
-    shards = Shards(folder.path, dict(source.entries), max_shard_bytes)
-    try:
-        shards.open()
-        for name, tensor in found.permuted.items():
-            shards.write(name, 0, tensor)
-        shards.publish()
-    except BaseException:
-        shards.discard()
-        raise
-    finally:
-        shards.close()
+    write_shards(folder.path, found.permuted, source.entries, max_shard_bytes)
     ordered = {name: one.to(torch.int64).contiguous() for name, one in found.permutations.items()}
     folder.save("permutations.safetensors", save(ordered))
     for name in TOKENIZER_FILES:

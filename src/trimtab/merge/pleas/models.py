@@ -40,7 +40,7 @@ from trimtab.merge.pleas.pair import Pair
 from trimtab.merge.pleas.pleas import PleasConfig
 from trimtab.merge.recipe import Recipe
 from trimtab.merge.source import Entry, Source
-from trimtab.merge.writer import Shards
+from trimtab.merge.writer import write_shards
 from trimtab.run import RunDirectory, digest
 
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # a config's names for the feed-forward nets' width
@@ -283,17 +283,7 @@ def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
 def _write(folder: RunDirectory, plan: Plan, work: _Work, found: dict[str, Any], command: str) -> None:
     """The weights, then everything around them; config.json last, since it is what makes the folder a model."""
     entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in work.tensors.items()}
-    shards = Shards(folder.path, entries, plan.recipe.shard_bytes)
-    try:
-        shards.open()
-        for name, tensor in work.tensors.items():
-            shards.write(name, 0, tensor)
-        shards.publish()
-    except BaseException:
-        shards.discard()
-        raise
-    finally:
-        shards.close()
+    write_shards(folder.path, work.tensors, entries, plan.recipe.shard_bytes)
     for name, source in plan.tokenizer.items():
         folder.save(name, source if isinstance(source, bytes) else source.read_bytes())
     folder.save("README.md", _readme(plan, found, command))
