@@ -230,7 +230,7 @@ def die_at(number: int, log: Path) -> None:
 def by_ctrl_c(killer: Killer) -> dict[str, Any]:
     whole = killer.finish(killer.out("whole"))
     out = killer.out("stopped")
-    pid = killer.start(out, lambda: slowly(0.02))
+    pid = killer.start(out, lambda: slowly(0.1))  # seconds, so that the signal lands inside on a busy machine too
     until(lambda: len(events(out, "merged")) > 1)
     os.kill(pid, signal.SIGINT)
     code = wait(pid)
