@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import WORDS, tiny_lm, tiny_model, tiny_tokenizer
 from trimtab import cli
+from trimtab.prompt import tuning
 
 
 def save(
@@ -69,3 +71,19 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: str | Path) -
     assert len(lines) == 1 and "Traceback" not in said, said
     assert not out.exists(), "a refused merge wrote something"
     return lines[0]
+
+
+def two_tuned(folder: Path, drawn: int = 40, shown: int = 16, test: int = 0) -> Path:
+    """base; b and d: copies tuned on texts of a kind each; b.txt, d.txt: `shown` other texts; -test.txt: `test` more."""
+    base = tiny_lm()
+    tuning.save(base, folder / "base")
+    rng = np.random.default_rng(0)
+    for name, words in (("b", WORDS[:5]), ("d", WORDS[5:10])):
+        texts = [" ".join(rng.choice(words, 6)) for _ in range(drawn)]
+        (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts[:shown]))
+        if test:
+            (folder / f"{name}-test.txt").write_text("".join(f"{text}\n" for text in texts[shown : shown + test]))
+        tuning.save(
+            tuning.sft(base, [("fa", text) for text in texts[shown + test :]], epochs=2, lr=3e-3), folder / name
+        )
+    return folder

@@ -5,27 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tiny import WORDS, tiny_lm
+from merge_folders import two_tuned
 from trimtab import LM
 from trimtab.cli import main
 from trimtab.merge.skills import Skill
-from trimtab.prompt.tuning import save, sft
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("merge search")
-    base = tiny_lm()
-    save(base, path / "base")
-    rng = np.random.default_rng(0)
-    for name, words in (("b", WORDS[:5]), ("d", WORDS[5:10])):
-        texts = [" ".join(rng.choice(words, 6)) for _ in range(40)]
-        (path / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts[:12]))
-        save(sft(base, [("fa", text) for text in texts[12:]], epochs=2, lr=3e-3), path / name)
-    return path
+    return two_tuned(tmp_path_factory.mktemp("merge search"), shown=12)
 
 
 @pytest.fixture(autouse=True)

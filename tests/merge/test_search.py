@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiny import WORDS, tiny_lm
+from merge_folders import two_tuned
 from trimtab.errors import UsageError
 from trimtab.measure.measuring import Asked
 from trimtab.measure.stats import paired_difference
@@ -16,7 +16,6 @@ from trimtab.merge import search as searching
 from trimtab.merge.recipe import Recipe
 from trimtab.merge.search import Dimension, Space, Trial, propose, read_space, search
 from trimtab.merge.skills import Skill
-from trimtab.prompt.tuning import save, sft
 from trimtab.run import RunDirectory
 
 
@@ -27,16 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("search")
-    base = tiny_lm()
-    save(base, folder / "base")
-    rng = np.random.default_rng(0)
-    for name, words in (("b", WORDS[:5]), ("d", WORDS[5:10])):
-        texts = [" ".join(rng.choice(words, 6)) for _ in range(56)]
-        (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts[:16]))
-        (folder / f"{name}-test.txt").write_text("".join(f"{text}\n" for text in texts[16:32]))
-        save(sft(base, [("fa", text) for text in texts[32:]], epochs=2, lr=3e-3), folder / name)
-    return folder
+    return two_tuned(tmp_path_factory.mktemp("search"), drawn=56, test=16)
 
 
 def asked(models: Path, **ranges: list[str]) -> tuple[Recipe, Space, list[Skill]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from merge_folders import two_tuned
 from tiny import BOS, CONTEXT, WORDS, tiny_lm
 from trimtab import LM
 from trimtab.errors import UsageError
@@ -16,7 +17,7 @@ from trimtab.merge.engine import run
 from trimtab.merge.recipe import Recipe
 from trimtab.merge.skill_measures import text_nll
 from trimtab.merge.skills import Skill, Subjects, evaluate, kept, measure_before, view
-from trimtab.prompt.tuning import save, sft
+from trimtab.prompt.tuning import save
 
 
 @pytest.fixture(autouse=True)
@@ -27,15 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and a copy trained on each of two kinds of text."""
-    folder = tmp_path_factory.mktemp("skills")
-    base = tiny_lm()
-    save(base, folder / "base")
-    rng = np.random.default_rng(0)
-    for name, words in (("b", WORDS[:5]), ("d", WORDS[5:10])):
-        texts = [" ".join(rng.choice(words, 6)) for _ in range(40)]
-        (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts[:16]))
-        save(sft(base, [("fa", text) for text in texts[16:]], epochs=2, lr=3e-3), folder / name)
-    return folder
+    return two_tuned(tmp_path_factory.mktemp("skills"))
 
 
 def by_hand(lm: LM, text: str) -> float:

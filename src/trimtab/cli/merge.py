@@ -147,7 +147,7 @@ def carry_out(recipe: Any, args: Namespace, words: list[str]) -> None:
 
     command = ["trimtab", "merge", *words]
     found: dict[str, Any] = {}
-    refuse_inside([*recipe.models, *([recipe.base] if recipe.base else [])], args.out)
+    refuse_inside(recipe.parents, args.out)
     with progress() as say:
         evaluation = Evaluation.before(args.evaluate, recipe, args.out, say) if args.evaluate else None
         done = run_merge(recipe, args.out, args.threads, say, shlex.join(command))

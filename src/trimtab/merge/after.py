@@ -37,7 +37,7 @@ def write_report(
     found.tensors = [
         replace(one, notes=method_notes(plan, of[one.name]), settings=settings(of[one.name])) for one in found.tensors
     ]
-    sources = [*plan.models, *([plan.base] if plan.base is not None else [])]
+    sources = plan.parents
     parents = {source.name: source.fingerprint for source in sources}
     told = report(found, advise(found), (), [*plan.warnings, *notes], parents, command, recipe.to_dict())
     write_merged(told, out / FOLDER)

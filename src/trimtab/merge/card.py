@@ -37,7 +37,7 @@ def write_around(plan: Plan, folder: RunDirectory, command: str) -> None:
 def model_card(plan: Plan, command: str) -> str:
     """The README.md of a merged model, in Markdown with the front matter that model hubs read."""
     recipe, card = plan.recipe, catalogue.card(plan.recipe.method)
-    parents = [*plan.models, *([plan.base] if plan.base is not None else [])]
+    parents = plan.parents
     names = ", ".join(_code(model.name) for model in plan.models)
     onto = f" onto {_code(plan.base.name)}" if plan.base is not None else ""
     front = {

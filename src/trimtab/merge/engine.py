@@ -72,7 +72,7 @@ def run(
     whole process, to keep freed memory at hand (`_keep_memory`).
     """
     start = time.monotonic()
-    refuse_inside([*recipe.models, *([recipe.base] if recipe.base else [])], out)
+    refuse_inside(recipe.parents, out)
     plan = make_plan(recipe)
     plan.warnings += _not_merged(plan)
     _keep_memory()
@@ -149,7 +149,7 @@ class _Merge:
         plan = self.plan
         found = [
             f"{source.name!r} in {name!r}"
-            for source in dict.fromkeys([*plan.models, *([plan.base] if plan.base is not None else [])])
+            for source in dict.fromkeys(plan.parents)
             for name, entry in source.entries.items()
             if entry.dtype in MERGEABLE and not _finite_source(source, name)
         ]

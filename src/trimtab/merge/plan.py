@@ -66,6 +66,11 @@ class Plan:
         return self.base if self.base is not None else self.models[0]
 
     @property
+    def parents(self) -> list[Source]:
+        """The models and the base."""
+        return [*self.models, *([self.base] if self.base is not None else [])]
+
+    @property
     def nbytes(self) -> int:
         return sum(output.entry.nbytes for output in self.outputs)
 

@@ -92,6 +92,11 @@ class Recipe:
         """`slices` checked and in their own type; empty where there are none."""
         return () if self.slices is None else parse_slices(self.slices, self.models)
 
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The models and the base, as they were named."""
+        return (*self.models, *([self.base] if self.base is not None else []))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is at its default is left out."""
         plain = {field.name: getattr(Recipe, field.name, None) for field in fields(self)}

@@ -188,7 +188,7 @@ def search(
     plan = make_plan(default)
     for corner in (0.0, 1.0):
         make_plan(space.recipe_at([dimension.at(corner) for dimension in space.dimensions]))
-    sources = [*plan.models, *([plan.base] if plan.base is not None else [])]
+    sources = plan.parents
     refuse_inside([source.name for source in sources], out)
     inputs = {f"model {i}": source.fingerprint for i, source in enumerate(sources)}
     texts = {str(path): files_digest([path])[0] for skill in [*skills, *test] for path in skill.asked.texts}
